@@ -1,0 +1,105 @@
+"""Rewards to group-relative advantages, and weights to token advantages."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from srpo_core._masked import at_least_float32, check_no_nan
+from srpo_core.typechecking import choose, typechecked
+
+__all__ = ["Normalization", "group_advantages", "role_advantages"]
+
+Normalization = Literal["std", "none", "leave_one_out"]
+
+
+@typechecked
+def group_advantages(
+    rewards: Float[Tensor, " batch"],
+    group_ids: Int[Tensor, " batch"],
+    *,
+    normalization: Normalization = "std",
+    epsilon: float = 1e-4,
+) -> Float[Tensor, " batch"]:
+    r"""Advantage of each response over the others that answer the same prompt.
+
+    ``std`` (GRPO) is :math:`(r_i - \bar r) / (\sigma + \epsilon)` with the unbiased standard deviation, ``none``
+    (Dr. GRPO) is :math:`r_i - \bar r`, ``leave_one_out`` (RLOO) subtracts the mean of the *other* rewards. A group
+    of one, and a group of equal rewards, has advantage exactly 0.
+
+    Args:
+        rewards: One per response, any unit.
+        group_ids: Responses with equal ids answer one prompt; a group may lie anywhere in the batch.
+        normalization: What the centred reward is divided by, and what it is centred on.
+        epsilon: Added to the standard deviation, in the unit of the reward, at least 0.
+
+    Returns:
+        Detached advantages in float32, or float64 if the rewards are. Memory is batch squared.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, or a reward is NaN (eager mode).
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([7, 3, 7]), normalization="none")
+        tensor([ 0.5000,  0.0000, -0.5000])
+
+    References:
+        GRPO, arXiv:2402.03300, section 4.1; Dr. GRPO, arXiv:2503.20783; RLOO, arXiv:2402.14740.
+    """
+    if not epsilon >= 0.0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    normalize = choose("normalization", normalization, _NORMALIZATIONS)
+    check_no_nan("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool))
+    rewards = rewards.detach().to(at_least_float32(rewards.dtype))
+    # Membership as a matrix instead of torch.unique, whose output size would have to reach the host.
+    mates = group_ids[:, None] == group_ids[None, :]
+    size = mates.sum(1)
+    centred = rewards - _group_mean(rewards, mates)
+    # Rounding leaves a trace of the mean in a group of equal rewards, and epsilon would let it through.
+    equal = (torch.where(mates, rewards[None, :], rewards[:, None]) == rewards[:, None]).all(1)
+    return torch.where(equal, 0.0, normalize(centred, mates, size, epsilon))
+
+
+@typechecked
+def role_advantages(
+    weights: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"],
+    mask: Bool[Tensor, "batch time"],
+) -> Float[Tensor, "batch time"]:
+    r"""Token advantages :math:`A_{i,t} = w_{i,t} A_i`, 0 at padding: the sign is the response's, the size the token's.
+
+    Weights are positive and the clipped objective scales with its advantage, so weighting the advantage is weighting
+    the loss: pass the result where a trainer takes advantages per token.
+
+    Args:
+        weights: From :func:`~srpo_core.shared_baseline_weights`.
+        advantages: One per response.
+        mask: True at response tokens.
+
+    Example:
+        >>> role_advantages(torch.tensor([[1.5, 0.5]]), torch.tensor([-2.0]), torch.tensor([[True, True]]))
+        tensor([[-3., -1.]])
+    """
+    return torch.where(mask, weights.detach() * advantages.detach()[:, None], 0.0)
+
+
+def _group_mean(values: Tensor, mates: Tensor) -> Tensor:
+    return torch.where(mates, values[None, :], 0.0).sum(1) / mates.sum(1)
+
+
+def _by_std(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    variance = torch.where(mates, centred.square()[None, :], 0.0).sum(1) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + epsilon)
+
+
+def _by_nothing(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    return centred
+
+
+def _leave_one_out(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
+    return centred * size / (size - 1).clamp(min=1)
+
+
+_NORMALIZATIONS = {"std": _by_std, "none": _by_nothing, "leave_one_out": _leave_one_out}

@@ -1,0 +1,148 @@
+"""Logits to log-probabilities, entropies and divergences of next-token distributions."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from srpo_core._masked import at_least_float32
+from srpo_core.typechecking import choose, typechecked
+
+__all__ = ["Divergence", "token_divergence", "token_entropy", "token_log_probs"]
+
+Divergence = Literal["full_kl", "reverse_kl", "jsd", "topk_kl"]
+
+
+@typechecked
+def token_log_probs(
+    logits: Float[Tensor, "batch time vocab"],
+    token_ids: Int[Tensor, "batch time"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch time"]:
+    r"""Log-probability, in nats, of each token under the logits that predict it.
+
+    .. math:: \log \pi(y_t) = z_{y_t} / T - \log \sum_v e^{z_v / T}
+
+    Computed in float32 (float64 stays float64) and never above zero, whatever offset the logits share.
+
+    Args:
+        logits: ``logits[b, t]`` predicts ``token_ids[b, t]``: the model's output, already shifted by one.
+        token_ids: The tokens to score, each in [0, vocab), at padding too.
+        temperature: The one that the rollout was sampled with, above 0.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
+
+    Example:
+        >>> token_log_probs(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), torch.tensor([[0, 0]]))
+        tensor([[-0.6931, -0.1269]])
+    """
+    logits = _scaled(logits, temperature)
+    nats = F.cross_entropy(logits.flatten(0, 1), token_ids.flatten(), reduction="none")
+    return -nats.unflatten(0, token_ids.shape)
+
+
+@typechecked
+def token_entropy(
+    logits: Float[Tensor, "batch time vocab"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch time"]:
+    r"""Entropy, in nats, of each next-token distribution: :math:`-\sum_v p_v \log p_v`, in [0, log vocab].
+
+    Args:
+        logits: Next-token logits; :math:`-\infty` bars a token.
+        temperature: Divides the logits, above 0.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
+
+    Example:
+        >>> token_entropy(torch.zeros(1, 1, 4))
+        tensor([[1.3863]])
+    """
+    log_p = _scaled(logits, temperature).log_softmax(-1)
+    return -_expectation(log_p, log_p)
+
+
+@typechecked
+def token_divergence(
+    logits: Float[Tensor, "batch time vocab"],
+    other_logits: Float[Tensor, "batch time vocab"],
+    *,
+    kind: Divergence = "full_kl",
+    temperature: float = 1.0,
+    top_k: int = 64,
+) -> Float[Tensor, "batch time"]:
+    r"""How far, in nats, each next-token distribution moved when its context was changed.
+
+    With :math:`p` under the original context and :math:`q` under the changed one:
+    ``full_kl`` is :math:`\mathrm{KL}(p \| q)`, ``reverse_kl`` is :math:`\mathrm{KL}(q \| p)`, ``jsd`` the
+    Jensen-Shannon divergence (at most log 2), and ``topk_kl`` is :math:`\mathrm{KL}(p \| q)` after all but the
+    `top_k` likeliest tokens of :math:`p` are pooled in one bucket, so it never exceeds ``full_kl``.
+    Unlike a log-ratio it does not depend on which token was sampled.
+
+    Args:
+        logits: Under the original context.
+        other_logits: Under the changed one.
+        kind: Which divergence.
+        temperature: Divides both, above 0.
+        top_k: Tokens kept apart by ``topk_kl``, at least 1.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+
+    Example:
+        >>> logits, other = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+        >>> token_divergence(logits, other)
+        tensor([[0.4621]])
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    divergence = choose(
+        "kind", kind, {"full_kl": _full_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "topk_kl": _topk_kl}
+    )
+    log_p = _scaled(logits, temperature).log_softmax(-1)
+    log_q = _scaled(other_logits, temperature).log_softmax(-1)
+    # A divergence is never negative; its rounding can be.
+    return divergence(log_p, log_q, min(top_k, logits.shape[-1])).clamp(min=0.0)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    logits = logits.to(at_least_float32(logits.dtype))
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
+    """Mean of `values` under `log_p`, where an impossible token adds nothing, whatever its value."""
+    impossible = log_p == -torch.inf
+    return (log_p.exp() * values.masked_fill(impossible, 0.0)).sum(-1)
+
+
+def _full_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+    return _expectation(log_p, log_p - log_q)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+    return _expectation(log_q, log_q - log_p)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+    log_half = -0.6931471805599453
+    log_mean = torch.logaddexp(log_p, log_q) + log_half
+    return 0.5 * (_expectation(log_p, log_p - log_mean) + _expectation(log_q, log_q - log_mean))
+
+
+def _topk_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+    kept = log_p.topk(top_k, dim=-1).indices
+
+    def pooled(log_probs: Tensor) -> Tensor:
+        tail = log_probs.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_probs.gather(-1, kept), tail], dim=-1)
+
+    return _full_kl(pooled(log_p), pooled(log_q), top_k)
