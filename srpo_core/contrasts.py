@@ -10,9 +10,9 @@ from srpo_core._masked import at_least_float32, check_no_nan, check_roles
 from srpo_core.roles import Role
 from srpo_core.typechecking import choose, typechecked
 
-__all__ = ["Contrast", "perception_consistency", "visual_dependency"]
+__all__ = ["ContrastKind", "perception_consistency", "visual_dependency"]
 
-Contrast = Literal["log_ratio", "positive", "abs", "k3"]
+ContrastKind = Literal["log_ratio", "positive", "abs", "k3"]
 
 
 @typechecked
@@ -22,7 +22,7 @@ def visual_dependency(
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
-    kind: Contrast = "log_ratio",
+    kind: ContrastKind = "log_ratio",
     clip: float = 5.0,
 ) -> Float[Tensor, "batch time"]:
     r"""How much, in nats, each perception token owes to the image; 0 at every other token.
@@ -72,7 +72,7 @@ def perception_consistency(
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
-    kind: Contrast = "log_ratio",
+    kind: ContrastKind = "log_ratio",
     clip: float = 5.0,
 ) -> Float[Tensor, "batch time"]:
     r"""How much, in nats, each reasoning token owes to the perception it was given; 0 at every other token.

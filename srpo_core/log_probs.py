@@ -10,9 +10,9 @@ from torch import Tensor
 from srpo_core._masked import at_least_float32
 from srpo_core.typechecking import choose, typechecked
 
-__all__ = ["Divergence", "token_divergence", "token_entropy", "token_log_probs"]
+__all__ = ["DivergenceKind", "token_divergence", "token_entropy", "token_log_probs"]
 
-Divergence = Literal["full_kl", "reverse_kl", "jsd", "topk_kl"]
+DivergenceKind = Literal["full_kl", "reverse_kl", "jsd", "topk_kl"]
 
 
 @typechecked
@@ -73,7 +73,7 @@ def token_divergence(
     logits: Float[Tensor, "batch time vocab"],
     other_logits: Float[Tensor, "batch time vocab"],
     *,
-    kind: Divergence = "full_kl",
+    kind: DivergenceKind = "full_kl",
     temperature: float = 1.0,
     top_k: int = 64,
 ) -> Float[Tensor, "batch time"]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from srpo_core._masked import check_no_nan, check_roles
 from srpo_core.advantages import Normalization, role_advantages
 from srpo_core.contrasts import clip_divergence, contrast
-from srpo_core.corruption import Corruption
-from srpo_core.counterfactuals import Counterfactual
+from srpo_core.corruption import CorruptionKind
+from srpo_core.counterfactuals import CounterfactualKind
 from srpo_core.diagnostics import credit_metrics
-from srpo_core.log_probs import Divergence
+from srpo_core.log_probs import DivergenceKind
 from srpo_core.losses import GSPO_REFUSAL, KLEstimator, LossOutput, Reduction, Surrogate, grpo_loss
-from srpo_core.roles import AnswerRole, Role, RoleTags
+from srpo_core.roles import Role, RoleTags
 from srpo_core.typechecking import choose, typechecked
 from srpo_core.weights import (
     Baseline,
@@ -351,12 +351,12 @@ class SRPOConfig:
 
     # Roles: segment_responses, segment_roles
     tags: RoleTags = field(default_factory=RoleTags)
-    answer_role: AnswerRole = "reasoning"
+    answer_role: Literal["reasoning", "other"] = "reasoning"
     # Contexts: corrupt_images, corrupt_pixel_values, counterfactual_responses
-    corruption: Corruption = "patch_mask"
+    corruption: CorruptionKind = "patch_mask"
     corruption_strength: float | None = None
     seed: int = 0
-    counterfactual: Counterfactual = "swap"
+    counterfactual: CounterfactualKind = "swap"
     counterfactual_image: Literal["kept", "corrupted"] = "kept"
     # Advantages: group_advantages
     normalization: Normalization = "std"
@@ -502,7 +502,7 @@ def _scores(
     clip: float,
 ) -> Tensor:
     choose(arguments[0], score, dict.fromkeys(get_args(Score)))
-    if score in get_args(Divergence):
+    if score in get_args(DivergenceKind):
         if divergence is None:
             raise ValueError(
                 f"{arguments[1]} is None; {arguments[0]}={score!r} needs token_divergence(..., kind={score!r})"

@@ -1,0 +1,78 @@
+"""Role-aware token credit for GRPO on vision-language models.
+
+SRPO (Structured Role-aware Policy Optimization, arXiv:2605.07274) as its abstract describes it. One path, one pure
+function an arrow::
+
+    response tokens --segment--> roles --+
+    image --corrupt--> views --policy--> log-probs --contrast--> scores --shared baseline--> weights
+                                                              weights x GRPO advantage --> token advantages --> loss
+"""
+
+from srpo_core.advantages import group_advantages, role_advantages
+from srpo_core.contrasts import perception_consistency, visual_dependency
+from srpo_core.corruption import corrupt_images, corrupt_pixel_values
+from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
+from srpo_core.diagnostics import credit_metrics
+from srpo_core.log_probs import token_divergence, token_entropy, token_log_probs
+from srpo_core.losses import (
+    LossOutput,
+    aggregate,
+    cispo_surrogate,
+    clipped_surrogate,
+    grpo_loss,
+    gspo_surrogate,
+    gspo_token_surrogate,
+    kl_penalty,
+    sapo_surrogate,
+)
+from srpo_core.roles import (
+    BrokenReason,
+    Role,
+    RoleTagIds,
+    RoleTags,
+    Segmentation,
+    segment_responses,
+    segment_roles,
+)
+from srpo_core.srpo import RoleAdvantages, SRPOConfig, srpo_advantages, srpo_loss
+from srpo_core.weights import RoleScales, ScaleState, mix_schedule, role_scales, shared_baseline_weights
+
+__all__ = [
+    "BrokenReason",
+    "CounterfactualResponses",
+    "LossOutput",
+    "Role",
+    "RoleAdvantages",
+    "RoleScales",
+    "RoleTagIds",
+    "RoleTags",
+    "SRPOConfig",
+    "ScaleState",
+    "Segmentation",
+    "aggregate",
+    "cispo_surrogate",
+    "clipped_surrogate",
+    "corrupt_images",
+    "corrupt_pixel_values",
+    "counterfactual_responses",
+    "credit_metrics",
+    "group_advantages",
+    "grpo_loss",
+    "gspo_surrogate",
+    "gspo_token_surrogate",
+    "kl_penalty",
+    "mix_schedule",
+    "perception_consistency",
+    "role_advantages",
+    "role_scales",
+    "sapo_surrogate",
+    "segment_responses",
+    "segment_roles",
+    "shared_baseline_weights",
+    "srpo_advantages",
+    "srpo_loss",
+    "token_divergence",
+    "token_entropy",
+    "token_log_probs",
+    "visual_dependency",
+]
