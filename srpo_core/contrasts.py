@@ -56,7 +56,7 @@ def visual_dependency(
     Example:
         >>> visual_dependency(torch.tensor([[-0.1, -1.0]]), torch.tensor([[-2.1, -1.0]]),
         ...                   torch.tensor([[Role.PERCEPTION, Role.REASONING]]), torch.tensor([[True, True]]))
-        tensor([[2., 0.]])
+        tensor([[2.0000, 0.0000]])
 
     References:
         The idea: SRPO, arXiv:2605.07274, abstract. The formula, clip and default are this project's choices.

@@ -169,7 +169,8 @@ def sapo_surrogate(
         if not value > 0.0:
             raise ValueError(f"{argument} must be above 0, got {value}")
     log_ratio, advantages = _masked_inputs(log_probs, old_log_probs, advantages, mask)
-    temperature = torch.where(advantages > 0, temperature_positive, temperature_negative).to(log_ratio.dtype)
+    # Not torch.where of two Python numbers: that rounds them to the default dtype.
+    temperature = torch.full_like(advantages, temperature_negative).masked_fill(advantages > 0, temperature_positive)
     gate = torch.sigmoid(temperature * (_ratio(log_ratio) - 1.0)) * 4.0 / temperature
     return -gate * advantages
 
@@ -187,7 +188,8 @@ def gspo_token_surrogate(
     r"""GSPO-token loss of each token: the sequence's ratio, with a gradient and an advantage per token.
 
     .. math:: \ell_t = -\min(s_t A_t,\ \operatorname{clip}(s_t, 1-\epsilon_l, 1+\epsilon_h) A_t), \qquad
-        s_t = \operatorname{sg}\Bigl[\exp \frac{1}{|y|} \sum_k \log r_k\Bigr] \frac{\pi(y_t)}{\operatorname{sg}[\pi(y_t)]}
+        s_t = \operatorname{sg}\Bigl[\exp \frac{1}{|y|} \sum_k \log r_k\Bigr]
+        \frac{\pi(y_t)}{\operatorname{sg}[\pi(y_t)]}
 
     Args:
         log_probs: As in :func:`clipped_surrogate`; the only input with a gradient.
@@ -450,9 +452,7 @@ def grpo_loss(
     return LossOutput(loss, metrics)
 
 
-def _masked_inputs(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _masked_inputs(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Log-ratio and advantages, 0 at padding: masked first, so that padding has ratio 1 and credit 0 all the way."""
     dtype = at_least_float32(torch.promote_types(log_probs.dtype, old_log_probs.dtype))
     log_ratio = torch.where(mask, log_probs.to(dtype) - old_log_probs.detach().to(dtype), 0.0)

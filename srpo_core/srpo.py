@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srpo_core._masked import check_no_nan, check_roles
-from srpo_core.advantages import Normalization, role_advantages
+from srpo_core.advantages import Normalization, group_advantages, role_advantages
 from srpo_core.contrasts import clip_divergence, contrast
-from srpo_core.corruption import CorruptionKind
+from srpo_core.corruption import CorruptionKind, corrupt_images
 from srpo_core.counterfactuals import CounterfactualKind
 from srpo_core.diagnostics import credit_metrics
 from srpo_core.log_probs import DivergenceKind
@@ -122,7 +122,7 @@ def srpo_advantages(
         >>> corrupted = torch.tensor([[-2.1, -1.0, -0.5]])
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING]])
         >>> srpo_advantages(log_probs, corrupted, None, roles, torch.tensor([2.0]), torch.ones(1, 3).bool()).advantages
-        tensor([[3.4809, 1.2595, 1.2595]])
+        tensor([[3.7171, 1.1415, 1.1415]])
 
     References:
         SRPO, arXiv:2605.07274, as its abstract describes it; formulas and defaults are this project's choices.
@@ -203,7 +203,7 @@ def srpo_loss(
     reduction: Reduction = "token_mean",
     normalizer: float | Float[Tensor, ""] | None = None,
 ) -> LossOutput:
-    r"""SRPO's loss: GRPO's, with every token's advantage weighted by what the token owes to the image or the perception.
+    r"""SRPO's loss: GRPO's, each token's advantage weighted by what the token owes to the image or the perception.
 
     :func:`srpo_advantages` followed by :func:`~srpo_core.grpo_loss`. The weights come from log-probs that stay fixed
     over the epochs of a rollout batch, so they are the same in each. `strength` 0 is GRPO bit for bit. Compiles
@@ -262,7 +262,7 @@ def srpo_loss(
         ...                           torch.tensor([3.0]), torch.ones(1, 3).bool())
         >>> loss.backward()
         >>> log_probs.grad
-        tensor([[-1.7405, -0.6297, -0.6297]])
+        tensor([[-1.8585, -0.5707, -0.5707]])
 
     References:
         SRPO, arXiv:2605.07274, as its abstract describes it; formulas and defaults are this project's choices.
@@ -395,20 +395,15 @@ class SRPOConfig:
                 choose(name, getattr(self, name), dict.fromkeys(get_args(annotation)))
         # The functions know their ranges: an empty batch asks them.
         tokens, responses = torch.zeros(0, 0), torch.zeros(0)
-        roles, mask = tokens.long(), tokens.bool()
+        ids, mask = responses.long(), tokens.bool()
+        if self.corruption != "none":
+            images = torch.zeros(0, 3, 1, 1)
+            corrupt_images(images, prompt_ids=ids, kind=self.corruption, strength=self.corruption_strength)
+        group_advantages(responses, ids, normalization=self.normalization, epsilon=self.epsilon)
+        divergences = {"visual_divergence": tokens, "consistency_divergence": tokens}
+        options = self.advantage_options(step=0)
+        srpo_advantages(tokens, None, None, tokens.long(), responses, mask, **divergences, **options)
         _refuse_sequence_ratio(self.surrogate, self.strength, self.mix)
-        options = self.advantage_options()
-        srpo_advantages(
-            tokens,
-            None,
-            None,
-            roles,
-            responses,
-            mask,
-            **options,
-            visual_divergence=tokens,
-            consistency_divergence=tokens,
-        )
         normalizer = 1.0 if self.reduction == "constant" else None
         grpo_loss(tokens, tokens, tokens, mask, ref_log_probs=tokens, normalizer=normalizer, **self.loss_options())
 

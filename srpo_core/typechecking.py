@@ -24,7 +24,7 @@ def typechecked(function: Callable[P, R]) -> Callable[P, R]:
 
     A mismatch is a :class:`jaxtyping.TypeCheckError` (a ``TypeError``) that names the argument, what it should
     be, what it was and what to pass instead. About 6 µs plus 6 µs per tensor a call. The checks are off under
-    ``torch.compile``, where they would break the graph, and with ``JAXTYPING_DISABLE=1``: shapes are then taken on trust.
+    ``torch.compile``, where they would break the graph, and with ``JAXTYPING_DISABLE=1``: shapes are then on trust.
     """
     checked = jaxtyped(typechecker=beartype(conf=_CONF))(function)
 

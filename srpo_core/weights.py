@@ -98,7 +98,7 @@ def shared_baseline_weights(
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING, Role.OTHER]])
         >>> shared_baseline_weights(torch.tensor([[2.0, 0.0, 0.0, 0.0]]), torch.zeros(1, 4), roles,
         ...                         torch.ones(1, 4, dtype=torch.bool))
-        tensor([[1.7405, 0.6297, 0.6297, 1.0000]])
+        tensor([[1.8585, 0.5707, 0.5707, 1.0000]])
 
     References:
         The idea of one shared baseline and positive weights: SRPO, arXiv:2605.07274, abstract. Map, bound,
@@ -254,8 +254,10 @@ def mix_schedule(step: int, *, warmup_steps: int, mix: float = 1.0) -> float:
         >>> [mix_schedule(step, warmup_steps=4) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
-    if step < 0 or warmup_steps < 0:
-        raise ValueError(f"step and warmup_steps must be at least 0, got {step} and {warmup_steps}")
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
     return mix * min(1.0, step / warmup_steps) if warmup_steps else mix
 
 

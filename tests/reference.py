@@ -1,0 +1,212 @@
+"""The algorithm once more: float64, plain loops, written from the design and sharing no code with the package.
+
+Tensors come in as nested lists (``tensor.tolist()``); what comes out are nested lists of Python floats.
+"""
+
+import math
+
+PERCEPTION, REASONING = 1, 2
+
+
+def contrast(log_prob, other, kind, clip):
+    if log_prob == -math.inf and other == -math.inf:
+        return 0.0
+    delta = log_prob - other
+    if kind == "positive":
+        delta = max(delta, 0.0)
+    elif kind == "abs":
+        delta = abs(delta)
+    elif kind == "k3":
+        delta = math.inf if abs(delta) == math.inf else math.exp(-delta) + delta - 1.0
+    return min(max(delta, -clip), clip)
+
+
+def scores(log_probs, others, roles, mask, role, kind="log_ratio", clip=5.0):
+    return [
+        [contrast(p, q, kind, clip) if real and r == role else 0.0 for p, q, r, real in zip(*rows, strict=True)]
+        for rows in zip(log_probs, others, roles, mask, strict=True)
+    ]
+
+
+def softmax(logits, temperature=1.0):
+    top = max(logits)
+    powers = [math.exp((z - top) / temperature) for z in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def divergence(logits, other, kind, temperature=1.0, top_k=64):
+    p, q = softmax(logits, temperature), softmax(other, temperature)
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) if y > 0 else math.inf for x, y in zip(a, b, strict=True) if x > 0)
+
+    if kind == "full_kl":
+        return kl(p, q)
+    if kind == "reverse_kl":
+        return kl(q, p)
+    if kind == "jsd":
+        middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+        return (kl(p, middle) + kl(q, middle)) / 2
+    kept = sorted(range(len(p)), key=lambda v: -p[v])[:top_k]
+    rest = [v for v in range(len(p)) if v not in kept]
+    return kl([p[v] for v in kept] + [sum(p[v] for v in rest)], [q[v] for v in kept] + [sum(q[v] for v in rest)])
+
+
+def weights(
+    visual,
+    consistency,
+    roles,
+    mask,
+    *,
+    strength=1.0,
+    baseline="token",
+    weight_map="exp_tanh",
+    renormalization="trajectory",
+    visual_scale=1.0,
+    consistency_scale=1.0,
+    bound=0.6931471805599453,
+    sign="symmetric",
+    advantages=None,
+    mix=1.0,
+):
+    result = []
+    for i in range(len(roles)):
+        row = [1.0 if real else 0.0 for real in mask[i]]
+        members = [t for t in range(len(row)) if mask[i][t] and roles[i][t] in (PERCEPTION, REASONING)]
+        if len(members) >= 2:
+            u = {
+                t: visual[i][t] / visual_scale if roles[i][t] == PERCEPTION else consistency[i][t] / consistency_scale
+                for t in members
+            }
+            center = _baseline(u, roles[i], members, baseline)
+            direction = 1.0
+            if sign == "advantage":
+                direction = (advantages[i] > 0) - (advantages[i] < 0)
+            x = {t: direction * (u[t] - center[t]) for t in members}
+            v = _map(x, members, weight_map, strength, bound)
+            for t in members:
+                if renormalization == "trajectory":
+                    peers = members
+                elif renormalization == "per_role":
+                    peers = [k for k in members if roles[i][k] == roles[i][t]]
+                else:
+                    peers = None
+                w = v[t] if peers is None else v[t] / (math.fsum(v[k] for k in peers) / len(peers))
+                row[t] = (1.0 - mix) + mix * w
+        result.append(row)
+    return result
+
+
+def _baseline(u, roles, members, kind):
+    def mean(of):
+        return math.fsum(u[t] for t in of) / len(of)
+
+    by_role = {role: [t for t in members if roles[t] == role] for role in (PERCEPTION, REASONING)}
+    if kind == "token":
+        return dict.fromkeys(members, mean(members))
+    if kind == "role_balanced":
+        means = [mean(of) for of in by_role.values() if of]
+        return dict.fromkeys(members, sum(means) / len(means))
+    if kind == "per_role":
+        return {t: mean(by_role[roles[t]]) for t in members}
+    if kind == "median":
+        ordered = sorted(u.values())
+        n = len(ordered)
+        return dict.fromkeys(members, (ordered[(n - 1) // 2] + ordered[n // 2]) / 2)
+    return dict.fromkeys(members, 0.0)
+
+
+def _map(x, members, kind, strength, bound):
+    if kind == "exp_tanh":
+        return {t: math.exp(strength * bound * math.tanh(x[t] / bound)) for t in members}
+    if kind == "exp_clip":
+        return {t: math.exp(strength * min(max(x[t], -bound), bound)) for t in members}
+    if kind == "one_plus_tanh":
+        return {t: 1 + (1 - math.exp(-bound)) * math.tanh(strength * x[t]) for t in members}
+    if kind == "sigmoid":
+        return {t: 2 / (1 + math.exp(-strength * x[t])) for t in members}
+    if kind == "softplus":
+        return {t: math.log(1 + math.exp(strength * x[t])) / math.log(2) for t in members}
+    total = math.fsum(math.exp(strength * x[t]) for t in members)
+    return {t: len(members) * math.exp(strength * x[t]) / total for t in members}
+
+
+def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4):
+    result = []
+    for i, reward in enumerate(rewards):
+        group = [r for r, g in zip(rewards, group_ids, strict=True) if g == group_ids[i]]
+        if len(set(group)) == 1:
+            result.append(0.0)
+            continue
+        mean = math.fsum(group) / len(group)
+        if normalization == "std":
+            std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
+            result.append((reward - mean) / (std + epsilon))
+        elif normalization == "none":
+            result.append(reward - mean)
+        else:
+            others = (math.fsum(group) - reward) / (len(group) - 1)
+            result.append(reward - others)
+    return result
+
+
+def surrogate(
+    log_probs,
+    old_log_probs,
+    advantages,
+    mask,
+    kind,
+    *,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    max_ratio=5.0,
+    temperature_positive=1.0,
+    temperature_negative=1.05,
+):
+    """Token losses; ratios without a gradient (CISPO, GSPO-token) have the same value as those with one."""
+    result = []
+    for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
+        count = sum(real)
+        mean = math.fsum(p - q for p, q, r in zip(new, old, real, strict=True) if r) / count if count else 0.0
+        row = []
+        for p, q, a, r in zip(new, old, advantage, real, strict=True):
+            if not r:
+                row.append(0.0)
+                continue
+            ratio = math.exp(min(max(mean if kind.startswith("gspo") else p - q, -20.0), 20.0))
+            if kind == "cispo":
+                loss = -min(ratio, max_ratio) * a * p
+            elif kind == "sapo":
+                tau = temperature_positive if a > 0 else temperature_negative
+                loss = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * a
+            else:
+                loss = -min(ratio * a, min(max(ratio, 1 - clip_low), 1 + clip_high) * a)
+                if dual_clip is not None and a < 0:
+                    loss = min(loss, -dual_clip * a)
+            row.append(loss)
+        result.append(row)
+    return result
+
+
+def kl_penalty(log_probs, ref_log_probs, mask, estimator="k3"):
+    def estimate(p, ref):
+        delta = ref - p
+        return {"k1": -delta, "k2": delta * delta / 2, "k3": math.exp(delta) - delta - 1}[estimator]
+
+    return [
+        [estimate(p, ref) if real else 0.0 for p, ref, real in zip(*rows, strict=True)]
+        for rows in zip(log_probs, ref_log_probs, mask, strict=True)
+    ]
+
+
+def aggregate(losses, mask, reduction="token_mean", normalizer=None):
+    rows = [[x for x, real in zip(*pair, strict=True) if real] for pair in zip(losses, mask, strict=True)]
+    rows = [row for row in rows if row]
+    if reduction == "sequence_mean":
+        total, count = math.fsum(math.fsum(row) / len(row) for row in rows), len(rows)
+    else:
+        total, count = math.fsum(x for row in rows for x in row), sum(map(len, rows))
+    if reduction == "sum":
+        return total
+    return total / (normalizer if normalizer is not None else max(count, 1))
