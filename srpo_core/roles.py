@@ -320,32 +320,38 @@ def parse_response(text: str, tags: RoleTags = DEFAULT_TAGS, *, finished: bool =
     grammar = _grammar(tags)
     blocks: list[Block] = []
     current, start, depth = None, 0, 0  # kind of the open block, where its content starts, brackets open inside it
+    outer = None  # kind of the block around it, which is a fault already: the next tag tells nested from crossed
 
     def broken(reason: BrokenReason, position: int) -> Parsed:
         return Parsed(tuple(blocks), reason, position)
 
-    matches = grammar.pattern.finditer(text)
-    for match in matches:
+    def current_tag() -> int:
+        return start - len(pairs[current][0]) if current is not None else len(text)
+
+    for match in grammar.pattern.finditer(text):
         found = match.group()
-        if current is not None and depth == 0 and found == pairs[current][1]:
+        closes = current is not None and depth == 0 and found == pairs[current][1]
+        if not closes and found not in grammar.tags:
+            if current in grammar.brackets and found in grammar.brackets[current]:
+                depth += 1 if found == grammar.brackets[current][0] else -1
+        elif outer is not None:
+            if outer != current and found == pairs[outer][1]:
+                return broken(BrokenReason.CROSSED, match.start())
+            return broken(BrokenReason.NESTED, current_tag())
+        elif current is not None and closes:
             blocks.append(Block(current, start, match.start()))
             current = None
-        elif current in grammar.brackets and found in grammar.brackets[current]:
-            depth += 1 if found == grammar.brackets[current][0] else -1
-        elif found in grammar.opening:
-            kind = grammar.opening[found]
-            if current is not None:
-                following = next((later for later in matches if later.group() in grammar.tags), None)
-                if following is not None and current != kind and following.group() == pairs[current][1]:
-                    return broken(BrokenReason.CROSSED, following.start())
-                return broken(BrokenReason.NESTED, match.start())
-            if kind == "answer" and any(block.kind == "answer" for block in blocks):
-                return broken(BrokenReason.TWO_ANSWERS, match.start())
-            current, start, depth = kind, match.end(), 0
-        elif found in grammar.tags:
+        elif found not in grammar.opening:
             return broken(BrokenReason.STRAY_CLOSE, match.start())
+        elif current is None and grammar.opening[found] == "answer" and any(b.kind == "answer" for b in blocks):
+            return broken(BrokenReason.TWO_ANSWERS, match.start())
+        else:
+            outer, current = current, grammar.opening[found]
+            start, depth = match.end(), 0
+    if outer is not None:
+        return broken(BrokenReason.NESTED, current_tag())
     if current is not None and finished:
-        return broken(BrokenReason.UNCLOSED, start - len(pairs[current][0]))
+        return broken(BrokenReason.UNCLOSED, current_tag())
     if current is not None:
         blocks.append(Block(current, start, len(text)))
     if not any(block.kind == "perception" for block in blocks):
