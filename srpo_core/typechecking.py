@@ -74,7 +74,7 @@ def _mismatch(argument: str, value: Any, annotation: Any, sizes: dict[str, tuple
             return f"{argument} must be one of {', '.join(map(repr, get_args(literals[0])))}, got {value!r}"
         if isinstance(annotation, type) and not isinstance(value, annotation):
             numeric = annotation is float and isinstance(value, int)
-            return None if numeric else f"{argument} must be a {annotation.__name__}, got {value!r}"
+            return None if numeric else f"{argument} must be of type {annotation.__name__}, got {value!r}"
         return None
     wanted = shapes[0]
     expected = f"{argument} must be {wanted.__name__.split('[')[0]}[Tensor, {wanted.dim_str.strip()!r}]"
@@ -86,7 +86,7 @@ def _mismatch(argument: str, value: Any, annotation: Any, sizes: dict[str, tuple
         known = [f"{name}={sizes[name][0]} (from {sizes[name][1]})" for name in names if name in sizes]
         where = f" with {', '.join(known)}" if known else ""
         if len(names) != value.ndim:
-            return f"{expected}{where}, {actual}: it needs {len(names)} axes{_rank_remedy(names, value)}"
+            return f"{expected}{where}, {actual}: it needs {len(names)} {'axis' if len(names) == 1 else 'axes'}{_rank_remedy(names, value)}"
         for name, size in zip(names, value.shape, strict=True):
             if name.isdigit() and int(name) != size:
                 return f"{expected}, {actual}"
