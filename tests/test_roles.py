@@ -368,7 +368,8 @@ def tagged_rows(draw):
     """Token ids and a mask with holes: whole blocks and stray tokens."""
     words = st.lists(st.integers(7, 10), max_size=2)
     blocks = st.builds(lambda tag, content: [tag, *content, tag + 1], st.sampled_from([1, 3, 5]), words)
-    row = sum(draw(st.lists(blocks | blocks | blocks | st.integers(0, 10).map(lambda i: [i]), max_size=5)), [])
+    stray = st.integers(0, 10).map(lambda token: [token])
+    row = [token for part in draw(st.lists(blocks | blocks | blocks | stray, max_size=5)) for token in part]
     holes = draw(st.lists(st.sampled_from([True] * 15 + [False]), min_size=len(row), max_size=len(row)))
     return list(zip(row, holes, strict=True))
 
