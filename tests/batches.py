@@ -38,7 +38,8 @@ def batches(draw, dtype=torch.float64, max_batch=5, max_time=9):
     spread = draw(st.sampled_from([0.0, 1e-3, 1.0, 6.0]))
     mask = torch.rand(batch, time, generator=g) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     roles = torch.randint(0, 3, (batch, time), generator=g)
-    roles = torch.where(mask, roles, 99)
+    # Under the mask a role may be out of range, or look like a role that counts.
+    roles = torch.where(mask, roles, draw(st.sampled_from([99, int(Role.PERCEPTION), int(Role.REASONING)])))
 
     def padded(values, where=mask):
         return torch.where(where, values, torch.nan).to(dtype)

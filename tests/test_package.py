@@ -108,7 +108,8 @@ def test_the_wheel_holds_the_core_and_the_adapters_and_nothing_else(built):
 
 
 def test_the_sdist_holds_what_the_two_commands_need(built):
-    names = {name.split("/", 1)[1] for name in tarfile.open(built[0]).getnames() if "/" in name}
+    with tarfile.open(built[0]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     for needed in ("pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", "conftest.py"):
         assert needed in names
 
