@@ -1,14 +1,26 @@
 """What the weights did, as a few named numbers that are cheap enough for every step."""
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core._masked import masked_max, masked_mean, masked_min
+from srpo_core._masked import at_least_float32, masked_max, masked_mean, masked_min
+from srpo_core.contrasts import contrast
 from srpo_core.roles import BrokenReason, Role
 from srpo_core.typechecking import typechecked
 
-__all__ = ["credit_metrics"]
+__all__ = ["QUANTILES", "ROLE_NAMES", "Answer", "credit_diagnostics", "credit_metrics"]
+
+#: The quantiles that are logged, by the last part of their name.
+QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+
+#: The roles that are weighted, by their name in a metric.
+ROLE_NAMES = {Role.PERCEPTION: "perception", Role.REASONING: "reasoning"}
+
+#: An answer is one or the other where it is known.
+Answer = Literal["right", "wrong"]
 
 
 @typechecked
@@ -61,4 +73,145 @@ def credit_metrics(
         for reason in BrokenReason:
             if reason is not BrokenReason.NONE:
                 metrics[f"broken/{reason.name.lower()}"] = masked_mean((broken == int(reason)).to(weights.dtype), real)
+    return metrics
+
+
+@typechecked
+def credit_diagnostics(
+    weights: Float[Tensor, "batch time"],
+    visual_dependency: Float[Tensor, "batch time"],
+    perception_consistency: Float[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    broken: Int[Tensor, " batch"] | None = None,
+    advantages: Float[Tensor, " batch"] | None = None,
+    correct: Bool[Tensor, " batch"] | None = None,
+    donors: Int[Tensor, " batch"] | None = None,
+    log_probs: Float[Tensor, "batch time"] | None = None,
+    repeated_log_probs: Float[Tensor, "batch time"] | None = None,
+    score_clip: float | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    r"""All there is to log about a rollout batch: :func:`credit_metrics` and more. Detached 0-d tensors, no host sync.
+
+    Each optional argument adds its own names; ``<role>`` is ``perception`` or ``reasoning``:
+
+    ========================================== ==================================================================
+    ``tokens/<role>/fraction``                 share of the real tokens; compare ``weight/<role>/mass``
+    ``tokens/effective_fraction``              :math:`(\sum w)^2 / (n \sum w^2)` over the weighted tokens, in (0, 1]
+    ``weight/<role>/{p05,p50,p95}``            quantiles
+    ``score/<role>/{std,p05,p50,p95}``         nats
+    ``score/<role>/clipped``                   share of scores at the clip (with `score_clip`)
+    ``weight/<role>/{right,wrong}/...``        mean and quantiles for right and wrong answers (with `correct`)
+    ``right/fraction``                         share of right answers (with `correct`)
+    ``advantage/cosine``                       between weighted and unweighted token advantages (with `advantages`)
+    ``noise/<role>/rms``                       nats, a score of two equal passes (with `repeated_log_probs`)
+    ``noise/<role>/above``                     share of scores that exceed twice that
+    ``swap/coverage``                          share of responses with both roles that found a donor (with `donors`)
+    ========================================== ==================================================================
+
+    Without tokens of a kind its weights are reported as 1, everything else as 0, the effective fraction and the
+    cosine as 1.
+
+    Args:
+        weights: From :func:`~srpo_core.shared_baseline_weights`.
+        visual_dependency: Scores, nats; read where the role is perception.
+        perception_consistency: Scores, nats; read where the role is reasoning.
+        roles: What each token does.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        broken: Why each response is malformed, :class:`~srpo_core.BrokenReason`.
+        advantages: One per response.
+        correct: Whether each answer is right.
+        donors: From :func:`~srpo_core.counterfactual_responses`; -1: nobody's perception replaced this one.
+        log_probs: Each token under its own context, nats; needed and read only with `repeated_log_probs`.
+        repeated_log_probs: The same pass once more: what a contrast shows where nothing was changed.
+        score_clip: The clip of the scores, nats, above 0.
+
+    Raises:
+        ValueError: If `score_clip` is not above 0, or `repeated_log_probs` comes without `log_probs`.
+
+    Example:
+        >>> weights = torch.tensor([[1.6, 0.8, 0.6, 1.0]])
+        >>> scores = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
+        >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING, Role.OTHER]])
+        >>> metrics = credit_diagnostics(weights, scores, scores, roles, roles >= 0, advantages=torch.tensor([-1.0]))
+        >>> metrics["weight/perception/p50"], metrics["tokens/effective_fraction"], metrics["advantage/cosine"]
+        (tensor(1.2000), tensor(0.8427), tensor(0.9366))
+    """
+    if score_clip is not None and not score_clip > 0.0:
+        raise ValueError(f"score_clip must be above 0 nats, got {score_clip}")
+    if repeated_log_probs is not None and log_probs is None:
+        raise ValueError("log_probs is None; repeated_log_probs needs the first pass to be compared with")
+    metrics = credit_metrics(weights, visual_dependency, perception_consistency, roles, mask, broken=broken)
+
+    dtype = at_least_float32(torch.promote_types(visual_dependency.dtype, perception_consistency.dtype))
+    dtype = torch.promote_types(dtype, weights.dtype)
+    where = {name: mask & (roles == int(role)) for role, name in ROLE_NAMES.items()}
+    weights = torch.where(mask, weights.detach().to(dtype), 0.0)
+    scores = torch.where(where["perception"], visual_dependency.detach().to(dtype), 0.0)
+    scores = torch.where(where["reasoning"], perception_consistency.detach().to(dtype), scores)
+    scored = where["perception"] | where["reasoning"]
+
+    scored_weights = torch.where(scored, weights, 0.0)
+    square = scored_weights.square().sum() * scored.sum()
+    metrics["tokens/effective_fraction"] = torch.where(square > 0, scored_weights.sum().square() / square, 1.0)
+
+    subsets = {f"weight/{name}": tokens for name, tokens in where.items()}
+    if correct is not None:
+        metrics["right/fraction"] = masked_mean(correct.to(dtype), mask.any(1))
+        for answer, rows in zip(get_args(Answer), (correct, ~correct), strict=True):
+            for name, tokens in where.items():
+                subsets[f"weight/{name}/{answer}"] = tokens & rows[:, None]
+                metrics[f"weight/{name}/{answer}/mean"] = masked_mean(weights, tokens & rows[:, None], empty=1.0)
+    metrics |= _quantiles(weights, subsets, empty=1.0)
+    metrics |= _quantiles(scores, {f"score/{name}": tokens for name, tokens in where.items()}, empty=0.0)
+
+    noise = None
+    if log_probs is not None and repeated_log_probs is not None:
+        # Clipped like a score: one token that both passes exclude, -inf twice, must not hide all others.
+        noise = contrast(log_probs, repeated_log_probs, scored, kind="log_ratio", clip=score_clip or torch.inf)
+    for name, tokens in where.items():
+        metrics[f"tokens/{name}/fraction"] = masked_mean(tokens.to(dtype), mask)
+        mean = masked_mean(scores, tokens)
+        metrics[f"score/{name}/std"] = masked_mean((scores - mean).square(), tokens).sqrt()
+        if score_clip is not None:
+            metrics[f"score/{name}/clipped"] = masked_mean((scores.abs() >= score_clip).to(dtype), tokens)
+        if noise is not None:
+            rms = masked_mean(noise.to(dtype).square(), tokens).sqrt()
+            metrics[f"noise/{name}/rms"] = rms
+            metrics[f"noise/{name}/above"] = masked_mean((scores.abs() > 2 * rms).to(dtype), tokens)
+    if advantages is not None:
+        squared = advantages.detach().to(dtype).square()
+        plain, weighted, both = ((squared * part).sum() for part in _powers(weights, mask))
+        norm = (plain * weighted).sqrt()
+        metrics["advantage/cosine"] = torch.where(norm > 0, both / norm, 1.0)
+    if donors is not None:
+        swappable = where["perception"].any(1) & where["reasoning"].any(1)
+        metrics["swap/coverage"] = masked_mean((donors >= 0).to(dtype), swappable)
+    return metrics
+
+
+def _powers(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each response the tokens, the sum of squared weights and the sum of weights: all that a cosine needs."""
+    return mask.sum(1).to(weights.dtype), weights.square().sum(1), weights.sum(1)
+
+
+def _quantiles(values: Tensor, subsets: dict[str, Tensor], *, empty: float) -> dict[str, Tensor]:
+    """Quantiles of `values` over each subset of its elements, linearly interpolated; one sort serves all subsets."""
+    if values.numel() == 0:
+        return {f"{name}/{quantile}": values.new_full((), empty) for name in subsets for quantile in QUANTILES}
+    ordered, order = values.flatten().sort()
+    # How many of a subset lie at or below each value: where this first reaches k is the subset's k-th least value.
+    counts = torch.stack([subset.flatten()[order] for subset in subsets.values()]).cumsum(1)
+    size = counts[:, -1:]
+    metrics = {}
+    for quantile, level in QUANTILES.items():
+        rank = (level * (size - 1)).clamp(min=0)
+        below = rank.floor()
+        low, high = (
+            ordered[torch.searchsorted(counts, number).clamp(max=values.numel() - 1)]
+            for number in ((below + 1).long(), torch.minimum(below.long() + 2, size))
+        )
+        result = torch.where(size > 0, low + (rank - below).to(values.dtype) * (high - low), empty)
+        metrics |= {f"{name}/{quantile}": value for name, value in zip(subsets, result.squeeze(1), strict=True)}
     return metrics

@@ -1,0 +1,180 @@
+"""Each statistic against a reference with loops; nothing reads a tensor on the host; compiled equals eager."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from batches import batches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srpo_core import Role, srpo_advantages
+from srpo_core.diagnostics import QUANTILES, credit_diagnostics, credit_metrics
+
+ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
+
+
+def quantile(values, level):
+    """Linear interpolation between order statistics, as numpy's default."""
+    values = sorted(values)
+    rank = level * (len(values) - 1)
+    low, high = math.floor(rank), math.ceil(rank)
+    return values[low] + (rank - low) * (values[high] - values[low])
+
+
+def inputs(batch):
+    credit = srpo_advantages(
+        batch.old_log_probs,
+        batch.corrupted_log_probs,
+        batch.counterfactual_log_probs,
+        batch.roles,
+        batch.advantages,
+        batch.mask,
+    )
+    # The public scores are 0 outside their role; the diagnostics must not rely on it.
+    visual = torch.where(batch.mask & (batch.roles == Role.PERCEPTION), credit.visual_dependency, torch.nan)
+    consistency = torch.where(batch.mask & (batch.roles == Role.REASONING), credit.perception_consistency, torch.nan)
+    weights = torch.where(batch.mask, credit.weights, torch.nan)
+    return weights, visual, consistency, batch.roles, batch.mask
+
+
+def reference(batch, args, correct, donors, score_clip):
+    weights, visual, consistency, roles, mask = (tensor.tolist() for tensor in args)
+    scores = {"perception": visual, "reasoning": consistency}
+    rows, times = range(len(mask)), range(len(mask[0]))
+    real = [(i, t) for i in rows for t in times if mask[i][t]]
+    expected, scored = {}, []
+    for name, role in ROLES.items():
+        tokens = [(i, t) for i, t in real if roles[i][t] == role]
+        scored += tokens
+        expected[f"tokens/{name}/fraction"] = len(tokens) / len(real) if real else 0.0
+        of_weight = {"": tokens, "/right": [p for p in tokens if correct[p[0]]]}
+        of_weight["/wrong"] = [p for p in tokens if not correct[p[0]]]
+        for suffix, chosen in of_weight.items():
+            values = [weights[i][t] for i, t in chosen]
+            for key, level in QUANTILES.items():
+                expected[f"weight/{name}{suffix}/{key}"] = quantile(values, level) if values else 1.0
+            expected[f"weight/{name}{suffix}/mean"] = statistics.fmean(values) if values else 1.0
+        values = [scores[name][i][t] for i, t in tokens]
+        for key, level in QUANTILES.items():
+            expected[f"score/{name}/{key}"] = quantile(values, level) if values else 0.0
+        expected[f"score/{name}/std"] = statistics.pstdev(values) if values else 0.0
+        expected[f"score/{name}/clipped"] = statistics.fmean(abs(v) >= score_clip for v in values) if values else 0.0
+        noise = [(batch.old_log_probs[p] - batch.log_probs[p]).item() for p in tokens]
+        noise = [max(-score_clip, min(score_clip, value)) for value in noise]
+        rms = math.sqrt(statistics.fmean(v * v for v in noise)) if noise else 0.0
+        expected[f"noise/{name}/rms"] = rms
+        expected[f"noise/{name}/above"] = statistics.fmean(abs(v) > 2 * rms for v in values) if values else 0.0
+    of_scored = [weights[i][t] for i, t in scored]
+    square = len(of_scored) * sum(w * w for w in of_scored)
+    expected["tokens/effective_fraction"] = sum(of_scored) ** 2 / square if square else 1.0
+    plain = [batch.advantages[i].item() for i, _ in real]
+    weighted = [weights[i][t] * batch.advantages[i].item() for i, t in real]
+    norm = math.hypot(*plain) * math.hypot(*weighted)
+    expected["advantage/cosine"] = sum(a * b for a, b in zip(plain, weighted, strict=True)) / norm if norm else 1.0
+    alive = [i for i in rows if any(mask[i])]
+    expected["right/fraction"] = statistics.fmean(correct[i] for i in alive) if alive else 0.0
+    both = [i for i in rows if all(any(i == p[0] for p in scored if roles[p[0]][p[1]] == r) for r in ROLES.values())]
+    expected["swap/coverage"] = statistics.fmean(donors[i] >= 0 for i in both) if both else 0.0
+    return expected
+
+
+@given(batches(), st.data())
+def test_every_statistic_equals_a_reference_with_loops(batch, data):
+    rows = len(batch.mask)
+    correct = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+    donors = data.draw(st.lists(st.integers(-1, rows - 1), min_size=rows, max_size=rows))
+    score_clip = data.draw(st.sampled_from([1e-3, 5.0]))
+    args = inputs(batch)
+    metrics = credit_diagnostics(
+        *args,
+        broken=torch.zeros(rows, dtype=torch.int64),
+        advantages=batch.advantages,
+        correct=torch.tensor(correct),
+        donors=torch.tensor(donors),
+        log_probs=batch.old_log_probs,
+        repeated_log_probs=batch.log_probs,
+        score_clip=score_clip,
+    )
+    expected = reference(batch, args, correct, donors, torch.tensor(score_clip).double().item())
+    old = credit_metrics(*args, broken=torch.zeros(rows, dtype=torch.int64))
+    assert metrics.keys() == expected.keys() | old.keys()
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    for name, value in old.items():
+        assert torch.equal(metrics[name], value), name
+    assert all(metric.ndim == 0 and not metric.requires_grad for metric in metrics.values())
+
+
+@given(batches())
+def test_without_its_argument_a_statistic_is_absent(batch):
+    names = credit_diagnostics(*inputs(batch)).keys()
+    assert not [name for name in names if name.split("/")[0] in {"noise", "swap", "advantage", "broken", "right"}]
+    assert not [name for name in names if "clipped" in name or "wrong" in name]
+
+
+def tensors(batch, time, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    weights, visual, log_probs, repeated = (torch.rand(batch, time, generator=g) for _ in range(4))
+    roles = torch.randint(0, 3, (batch, time), generator=g)
+    advantages = torch.randn(batch, generator=g)
+    donors = torch.arange(batch) - 1
+    made = (weights, visual, roles, roles < 3, advantages, advantages > 0, donors, log_probs, repeated)
+    return [tensor.to(device) for tensor in made]
+
+
+def everything(weights, visual, roles, mask, advantages, correct, donors, log_probs, repeated):
+    return credit_diagnostics(
+        weights,
+        visual,
+        visual,
+        roles,
+        mask,
+        broken=donors,
+        advantages=advantages,
+        correct=correct,
+        donors=donors,
+        log_probs=log_probs,
+        repeated_log_probs=repeated,
+        score_clip=1.0,
+    )
+
+
+def test_nothing_is_read_on_the_host():
+    """Tensors on the meta device have no values: reading one, as a host sync does, raises."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.zeros((), device="meta").item()
+    assert all(metric.device.type == "meta" for metric in everything(*tensors(3, 5, device="meta")).values())
+
+
+def test_compiled_whole_equals_eager():
+    torch.compiler.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(*tensors(3, 5))
+    torch.testing.assert_close(compiled, everything(*tensors(3, 5)))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_an_empty_batch_has_the_neutral_values(shape):
+    metrics = everything(*tensors(*shape))
+    assert metrics["weight/perception/p95"] == metrics["weight/reasoning/right/mean"] == 1
+    assert metrics["advantage/cosine"] == metrics["tokens/effective_fraction"] == 1
+    assert metrics["score/perception/p50"] == metrics["noise/reasoning/rms"] == metrics["swap/coverage"] == 0
+
+
+def test_a_token_that_both_passes_exclude_is_no_noise():
+    excluded = torch.tensor([[-torch.inf, -1.0]])
+    roles, mask = torch.tensor([[1, 1]]), torch.ones(1, 2).bool()
+    ones = torch.ones(1, 2)
+    metrics = credit_diagnostics(ones, ones, ones, roles, mask, log_probs=excluded, repeated_log_probs=excluded - 0.0)
+    assert metrics["noise/perception/rms"] == 0
+
+
+def test_errors_name_the_argument():
+    ones, roles = torch.ones(1, 2), torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="score_clip must be above 0 nats, got 0"):
+        credit_diagnostics(ones, ones, ones, roles, ones.bool(), score_clip=0.0)
+    with pytest.raises(ValueError, match="log_probs is None; repeated_log_probs needs"):
+        credit_diagnostics(ones, ones, ones, roles, ones.bool(), repeated_log_probs=ones)
+    with pytest.raises(TypeError, match="advantages must be .*pass one value per response"):
+        credit_diagnostics(ones, ones, ones, roles, ones.bool(), advantages=ones)
