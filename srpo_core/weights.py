@@ -160,9 +160,8 @@ def weights_of_scores(
         if advantages is None:
             raise ValueError("advantages is None; sign='advantage' needs one advantage per trajectory")
         centred = centred * advantages.detach().to(dtype).sign()[:, None]
+    # A lone token has nothing to be compared with and keeps weight 1, whatever the baseline.
     comparable = scored & (scored.sum(1, keepdim=True) >= 2)
-    # Neutral before the map: a lone token keeps weight 1 whatever the baseline.
-    centred = torch.where(comparable, centred, 0.0)
     values = torch.where(comparable, to_positive(centred, strength, bound, scored), 1.0)
     weights = torch.where(comparable, renormalize(values, perception, reasoning), 1.0)
     # 1 + mix * (w - 1), not (1 - mix) + mix * w: it leaves a weight of 1 exactly 1.
