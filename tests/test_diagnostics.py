@@ -97,7 +97,7 @@ def test_every_statistic_equals_a_reference_with_loops(batch, data):
         repeated_log_probs=batch.log_probs,
         score_clip=score_clip,
     )
-    expected = reference(batch, args, correct, donors, torch.tensor(score_clip).double().item())
+    expected = reference(batch, args, correct, donors, score_clip)
     old = credit_metrics(*args, broken=torch.zeros(rows, dtype=torch.int64))
     assert metrics.keys() == expected.keys() | old.keys()
     for name, value in expected.items():
