@@ -13,8 +13,8 @@ from srpo_core.typechecking import typechecked
 
 __all__ = ["QUANTILES", "ROLE_NAMES", "Answer", "credit_diagnostics", "credit_metrics"]
 
-#: The quantiles that are logged, by the last part of their name.
-QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+#: The quantiles that are logged, in percent, by the last part of their name.
+QUANTILES = {"p05": 5, "p50": 50, "p95": 95}
 
 #: The roles that are weighted, by their name in a metric.
 ROLE_NAMES = {Role.PERCEPTION: "perception", Role.REASONING: "reasoning"}
@@ -205,13 +205,14 @@ def _quantiles(values: Tensor, subsets: dict[str, Tensor], *, empty: float) -> d
     counts = torch.stack([subset.flatten()[order] for subset in subsets.values()]).cumsum(1)
     size = counts[:, -1:]
     metrics = {}
-    for quantile, level in QUANTILES.items():
-        rank = (level * (size - 1)).clamp(min=0)
-        below = rank.floor()
+    for quantile, percent in QUANTILES.items():
+        # In whole numbers: a float32 rank is wrong beyond 2^24 tokens, and devices may lack float64.
+        rank = percent * (size - 1).clamp(min=0)
+        below, fraction = rank // 100, (rank % 100).to(values.dtype) / 100
         low, high = (
             ordered[torch.searchsorted(counts, number).clamp(max=values.numel() - 1)]
-            for number in ((below + 1).long(), torch.minimum(below.long() + 2, size))
+            for number in (below + 1, torch.minimum(below + 2, size))
         )
-        result = torch.where(size > 0, low + (rank - below).to(values.dtype) * (high - low), empty)
+        result = torch.where(size > 0, low + fraction * (high - low), empty)
         metrics |= {f"{name}/{quantile}": value for name, value in zip(subsets, result.squeeze(1), strict=True)}
     return metrics

@@ -15,10 +15,10 @@ from srpo_core.diagnostics import QUANTILES, credit_diagnostics, credit_metrics
 ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
 
 
-def quantile(values, level):
+def quantile(values, percent):
     """Linear interpolation between order statistics, as numpy's default."""
     values = sorted(values)
-    rank = level * (len(values) - 1)
+    rank = percent / 100 * (len(values) - 1)
     low, high = math.floor(rank), math.ceil(rank)
     return values[low] + (rank - low) * (values[high] - values[low])
 
@@ -53,12 +53,12 @@ def reference(batch, args, correct, donors, score_clip):
         of_weight["/wrong"] = [p for p in tokens if not correct[p[0]]]
         for suffix, chosen in of_weight.items():
             values = [weights[i][t] for i, t in chosen]
-            for key, level in QUANTILES.items():
-                expected[f"weight/{name}{suffix}/{key}"] = quantile(values, level) if values else 1.0
+            for key, percent in QUANTILES.items():
+                expected[f"weight/{name}{suffix}/{key}"] = quantile(values, percent) if values else 1.0
             expected[f"weight/{name}{suffix}/mean"] = statistics.fmean(values) if values else 1.0
         values = [scores[name][i][t] for i, t in tokens]
-        for key, level in QUANTILES.items():
-            expected[f"score/{name}/{key}"] = quantile(values, level) if values else 0.0
+        for key, percent in QUANTILES.items():
+            expected[f"score/{name}/{key}"] = quantile(values, percent) if values else 0.0
         expected[f"score/{name}/std"] = statistics.pstdev(values) if values else 0.0
         expected[f"score/{name}/clipped"] = statistics.fmean(abs(v) >= score_clip for v in values) if values else 0.0
         noise = [(batch.old_log_probs[p] - batch.log_probs[p]).item() for p in tokens]
