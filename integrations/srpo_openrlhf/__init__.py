@@ -1,1 +1,9 @@
-raise ImportError("srpo_openrlhf is not there yet; call srpo_core.srpo_advantages from your own trainer")
+"""SRPO inside OpenRLHF's ``train_ppo_ray``: ``python -m srpo_openrlhf <its flags> --srpo.strength 1``.
+
+Nothing is forked. The launcher (``__main__``) takes the ``--srpo.*`` options off the command line (``options``),
+refuses settings that would make the weights wrong (``settings``) and runs the stock command line. A Ray worker hook
+(``hooks``) then wraps OpenRLHF's experience maker in the one process that imports it: two more scoring passes by the
+policy, and the weights multiplied into ``advantages`` (``experience``).
+
+Importing this package imports neither torch nor OpenRLHF: every Ray worker of the job does so, vLLM's included.
+"""
