@@ -230,6 +230,14 @@ def test_runaway_ratios_saturate(name):
     assert log_probs.grad.isfinite().all()
 
 
+def test_a_runaway_kl_stays_finite():
+    log_probs = torch.tensor([[-500.0]], requires_grad=True)
+    penalty = kl_penalty(log_probs, torch.zeros(1, 1), torch.tensor([[True]]))
+    penalty.sum().backward()
+    assert penalty.isfinite()
+    assert log_probs.grad.isfinite()
+
+
 def test_bfloat16_is_no_further_from_the_truth_than_the_naive_formula_in_bfloat16():
     g = torch.Generator().manual_seed(0)
     old = -5 * torch.rand(8, 64, generator=g).bfloat16()
