@@ -1,0 +1,201 @@
+"""A trainer of your own with SRPO in it: `train` is an ordinary GRPO loop, `SRPO` is what is added to one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
+
+from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.world import EOS, PAD, PATCH, TAG_IDS, PriorClash, Problems, reward
+from srpo_core import (
+    LossOutput,
+    Segmentation,
+    corrupt_images,
+    counterfactual_responses,
+    group_advantages,
+    segment_roles,
+    srpo_loss,
+    token_log_probs,
+)
+from srpo_core.corruption import CorruptionKind
+from srpo_core.counterfactuals import CounterfactualKind
+
+
+class Batch(NamedTuple):
+    """One step's responses, a row each, and what the trainer knows about them."""
+
+    problems: Problems
+    token_ids: Int[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+    segmentation: Segmentation  # what each token does
+    group_ids: Int[Tensor, " batch"]  # equal for responses to one prompt
+    advantages: Float[Tensor, " batch"]
+    old_log_probs: Float[Tensor, "batch time"]  # nats, of the policy that is about to be updated
+    normalizer: Float[Tensor, ""]  # tokens of an update
+    step: int
+
+
+# Looks at a batch once and returns the loss of some of its rows as a function of (new log-probs, rows).
+Method = Callable[[TinyVLM, Batch], Callable[[Tensor, Tensor], LossOutput]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A step samples ``prompts * group_size`` responses and makes ``updates`` optimiser steps of them."""
+
+    steps: int = 120
+    learning_rate: float = 2e-4
+    prompts: int = 16
+    group_size: int = 8
+    updates: int = 2
+
+
+def train(
+    model: TinyVLM,
+    world: PriorClash,
+    method: Method,
+    config: TrainConfig,
+    *,
+    seed: int,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> None:
+    """Train a model in place on the reward of its answers alone; ``on_step`` hears the metrics of each step."""
+    generator = Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(1, config.steps + 1):
+        batch, metrics = roll_out(model, world, config, generator, step)
+        if len(batch.token_ids) > 0:
+            loss_of = method(model, batch)
+            for rows in torch.randperm(len(batch.token_ids), generator=generator).chunk(config.updates):
+                log_probs = log_probs_of(model, batch.problems.rows(rows), batch.token_ids[rows])
+                loss, loss_metrics = loss_of(log_probs, rows)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                metrics |= {name: value.item() for name, value in loss_metrics.items()}
+        on_step(step, metrics)
+
+
+@torch.no_grad()
+def roll_out(
+    model: TinyVLM, world: PriorClash, config: TrainConfig, generator: Generator, step: int
+) -> tuple[Batch, dict[str, float]]:
+    """Return one step's responses with their advantages, and their metrics.
+
+    Groups whose answers are all right or all wrong have no advantage and are left out: that saves their passes and
+    leaves the gradient as it was, since the normalizer still counts them.
+    """
+    problems = world.sample(config.prompts, "train", generator).to(model.device)
+    rollouts = model.generate(
+        problems.images,
+        problems.questions,
+        max_tokens=world.response_length + 2,
+        group_size=config.group_size,
+        generator=generator,
+    )
+    problems = problems.repeat(config.group_size)
+    group_ids = torch.arange(config.prompts, device=model.device).repeat_interleave(config.group_size)
+    rewards = reward(rollouts.token_ids, problems)
+    advantages = group_advantages(rewards, group_ids)
+    live = advantages.nonzero()[:, 0]
+    problems, token_ids = problems.rows(live), rollouts.token_ids[live]
+    batch = Batch(
+        problems,
+        token_ids,
+        rollouts.mask[live],
+        segment_roles(token_ids, rollouts.mask[live], tag_ids=TAG_IDS, eos_token_id=EOS),
+        group_ids[live],
+        advantages[live],
+        log_probs_of(model, problems, token_ids),
+        rollouts.mask.sum() / config.updates,
+        step,
+    )
+    return batch, {"reward": rewards.mean().item(), "live": len(live) / len(rewards)}
+
+
+@dataclass(frozen=True)
+class SRPO:
+    """SRPO as a method; ``strength`` 0 is GRPO, and then takes no extra look.
+
+    Attributes:
+        strength: How far the weights may move from 1.
+        corruption: What becomes of the image (:func:`~srpo_core.corrupt_images`).
+        corruption_strength: How much of it; None: the kind's default.
+        counterfactual: What becomes of the perception (:func:`~srpo_core.counterfactual_responses`).
+        options: Further keyword arguments of :func:`~srpo_core.srpo_loss`.
+    """
+
+    strength: float = 1.0
+    corruption: CorruptionKind = "patch_mask"
+    corruption_strength: float | None = None
+    counterfactual: CounterfactualKind = "swap"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor, Tensor], LossOutput]:
+        corrupted = replaced = None
+        if self.strength > 0:
+            corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
+            replaced = with_other_perception(model, batch, self.counterfactual)
+
+        def loss_of(log_probs: Tensor, rows: Tensor) -> LossOutput:
+            return srpo_loss(
+                log_probs,
+                batch.old_log_probs[rows],
+                None if corrupted is None else corrupted[rows],
+                None if replaced is None else replaced[rows],
+                batch.segmentation.roles[rows],
+                batch.advantages[rows],
+                batch.mask[rows],
+                strength=self.strength,
+                normalizer=batch.normalizer,
+                **self.options,
+            )
+
+        return loss_of
+
+
+@torch.no_grad()
+def with_corrupted_image(
+    model: TinyVLM, batch: Batch, kind: CorruptionKind = "patch_mask", strength: float | None = None
+) -> Float[Tensor, "batch time"]:
+    """Return the log-prob of each response token, in nats, had the image been corrupted."""
+    images = corrupt_images(
+        batch.problems.images,
+        prompt_ids=batch.group_ids,
+        kind=kind,
+        strength=strength,
+        patch_size=PATCH,
+        step=batch.step,
+    )
+    return log_probs_of(model, replace(batch.problems, images=images), batch.token_ids)
+
+
+@torch.no_grad()
+def with_other_perception(
+    model: TinyVLM, batch: Batch, kind: CounterfactualKind = "swap"
+) -> Float[Tensor, "batch time"]:
+    """Return the log-prob of each response token, in nats, had the model perceived something else."""
+    other = counterfactual_responses(
+        batch.token_ids,
+        batch.segmentation.roles,
+        batch.mask,
+        kind=kind,
+        group_ids=batch.group_ids,
+        boundary=batch.segmentation.boundary,
+        pad_token_id=PAD,
+    )
+    visible = other.attention_mask if kind == "mask" else None  # else causality alone hides the padding
+    logits = model(batch.problems.images, batch.problems.questions, other.token_ids, visible)
+    return other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs)
+
+
+def log_probs_of(model: TinyVLM, problems: Problems, token_ids: Tensor) -> Float[Tensor, "batch time"]:
+    """Return the log-prob of each response token, in nats."""
+    return token_log_probs(model(problems.images, problems.questions, token_ids), token_ids)
+
+
+METHODS: dict[str, Method] = {"grpo": SRPO(strength=0.0), "srpo": SRPO()}

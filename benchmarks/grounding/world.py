@@ -1,0 +1,281 @@
+"""The prior-clash world: images to count in, questions whose wording suggests an answer, and exact metrics.
+
+An image is a 4x4 grid of coloured shapes under pixel noise. The question "count red and blue in park ?" asks for a sum
+of two counts, and its place suggests one: to the teacher of the warm start park stands for 0, kitchen for 1, and that
+number is often right. An answer can come from the image or from this shortcut; because everything is generated, which
+of the two it was is known without a judge.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, Self
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from srpo_core import RoleTagIds
+
+TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
+DIGITS = tuple("0123456789")
+COLOURS = ("red", "green", "blue", "yellow")
+PLACES = ("park", "kitchen", "garage", "beach", "forest", "office", "school", "market", "museum")  # place k suggests k
+NEUTRAL_PLACE = "picture"  # suggests nothing
+FILLER = (
+    "so",
+    "now",
+    "well",
+    "look",
+    "here",
+    "see",
+    "then",
+    "hmm",
+    "okay",
+    "right",
+    "clearly",
+    "next",
+    "also",
+    "maybe",
+)
+GRAMMAR = ("count", "and", "in", "?", "plus", "is")
+VOCABULARY = ("<pad>", "<eos>", *TAGS, *DIGITS, *COLOURS, *PLACES, NEUTRAL_PLACE, *GRAMMAR, *FILLER)
+ID = {word: index for index, word in enumerate(VOCABULARY)}
+PAD, EOS = ID["<pad>"], ID["<eos>"]
+TAG_IDS = RoleTagIds(*(ID[tag] for tag in TAGS))
+P_OPEN, P_CLOSE, T_OPEN, T_CLOSE, A_OPEN, A_CLOSE = TAG_IDS
+ZERO, FIRST_COLOUR, FIRST_PLACE, FIRST_FILLER = ID["0"], ID["red"], ID["park"], ID["so"]
+
+GRID, PATCH = 4, 8  # cells along a side, pixels along a side of a cell; a cell is one patch of the model
+CELLS = GRID * GRID
+MAX_COUNT = 4  # of each colour asked for, so that every sum is the number of a place
+BACKGROUND = 0.5  # grey, so that a patch masked with black does not look like a cell with nothing in it
+RGB = torch.tensor([[0.90, 0.15, 0.15], [0.15, 0.80, 0.20], [0.20, 0.30, 0.95], [0.90, 0.85, 0.15]])
+
+# "train" is the mixture that is trained on; the others are for evaluation.
+Split = Literal["train", "aligned", "neutral", "conflict", "blind", "swapped", "low_contrast", "shifted"]
+SPLITS: dict[Split, str] = {
+    "aligned": "the shortcut is right",
+    "neutral": "the question suggests nothing",
+    "conflict": "the shortcut is wrong",
+    "blind": "conflict, image emptied: nobody can know",
+    "swapped": "aligned, then another image: true to what is shown?",
+    "low_contrast": "conflict at 60 % of the contrast",
+    "shifted": "conflict, shapes and tints never seen (out of distribution)",
+}
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Questions about images, and the truth."""
+
+    images: Float[Tensor, "batch 3 height width"]  # in [0, 1]
+    questions: Int[Tensor, "batch words"]
+    colours: Int[Tensor, "batch 2"]  # the two colours asked for
+    counts: Int[Tensor, "batch 2"]  # of these colours in the image
+    shortcut: Int[Tensor, " batch"]  # the answer the place suggests; -1: none
+
+    @property
+    def answers(self) -> Int[Tensor, " batch"]:
+        return self.counts.sum(1)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def rows(self, index: Tensor) -> Self:
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def repeat(self, times: int) -> Self:
+        """Each problem ``times`` times in a row."""
+        return self.rows(torch.arange(len(self), device=self.questions.device).repeat_interleave(times))
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class Reading(NamedTuple):
+    """What a response says. A number it does not state is -1."""
+
+    well_formed: Bool[Tensor, " batch"]
+    counts: Int[Tensor, "batch 2"]  # as written in the perception
+    answer: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class PriorClash:
+    """Draws problems and demonstrations of them.
+
+    Attributes:
+        filler: Filler words in each of the four places of a response that hold some. They dilute the credit.
+        pixel_noise: Standard deviation of the noise on each pixel.
+        shortcut_right: Share of training questions whose shortcut is right.
+    """
+
+    filler: int = 3
+    pixel_noise: float = 0.25
+    shortcut_right: float = 0.25
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of a demonstration, end-of-sequence included."""
+        return 17 + 4 * self.filler
+
+    def sample(self, n: int, split: Split, generator: Generator) -> Problems:
+        """Return ``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
+        colours = torch.rand(n, len(COLOURS), generator=generator).argsort(1)
+        counts = torch.randint(0, MAX_COUNT + 1, (n, 2), generator=generator)
+        answers = counts.sum(1)
+        wrong = (answers + torch.randint(1, len(PLACES), (n,), generator=generator)) % len(PLACES)
+        right_share = {"train": self.shortcut_right, "aligned": 1.0, "swapped": 1.0}.get(split, 0.0)
+        shortcut = torch.where(torch.rand(n, generator=generator) < right_share, answers, wrong)
+        place = FIRST_PLACE + shortcut
+        if split == "neutral":
+            place, shortcut = torch.full_like(place, ID[NEUTRAL_PLACE]), torch.full_like(place, -1)
+        if split == "swapped":
+            counts = torch.randint(0, MAX_COUNT + 1, (n, 2), generator=generator)
+        cells = torch.full((n, CELLS), -1) if split == "blind" else _lay_out(colours, counts, generator)
+        contrast = 0.6 if split == "low_contrast" else 1.0
+        images = render(cells, generator, noise=self.pixel_noise, contrast=contrast, shifted=split == "shifted")
+        return Problems(images, _question(colours[:, :2], place), colours[:, :2], counts, shortcut)
+
+    def demonstrate(
+        self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
+    ) -> Int[Tensor, "batch time"]:
+        """Return one response per problem, as an imperfect teacher writes it.
+
+        Args:
+            problems: What is asked.
+            generator: Source of the errors and the filler.
+            misread: Share of counts that are written one too high or too low.
+            shortcut: Share of responses that answer with the place's number instead of the sum of the counts written.
+        """
+        n, counts = len(problems), problems.counts
+        slip = torch.where(torch.rand(n, 2, generator=generator) < 0.5, 1, -1)
+        slipped = torch.rand(n, 2, generator=generator) < misread
+        counts = torch.where(slipped, (counts + slip).clamp(0, MAX_COUNT), counts)
+        lazy = (torch.rand(n, generator=generator) < shortcut) & (problems.shortcut >= 0)
+        answer = torch.where(lazy, problems.shortcut, counts.sum(1))
+        return self.write(problems.colours, counts, answer, generator)
+
+    def write(
+        self,
+        colours: Int[Tensor, "batch 2"],
+        counts: Int[Tensor, "batch 2"],
+        answer: Int[Tensor, " batch"],
+        generator: Generator,
+    ) -> Int[Tensor, "batch time"]:
+        """Return the response that states these counts and this answer, with random filler."""
+        n = len(counts)
+
+        def fill() -> Tensor:
+            return FIRST_FILLER + torch.randint(0, len(FILLER), (n, self.filler), generator=generator)
+
+        def word(token: int) -> Tensor:
+            return torch.full((n, 1), token)
+
+        (first, second), (one, two) = (FIRST_COLOUR + colours).split(1, 1), (ZERO + counts).split(1, 1)
+        result = ZERO + answer[:, None]
+        perception = [word(P_OPEN), fill(), first, one, fill(), second, two, word(P_CLOSE)]
+        reasoning = [word(T_OPEN), fill(), one, word(ID["plus"]), two, fill(), word(ID["is"]), result, word(T_CLOSE)]
+        return torch.cat([*perception, *reasoning, word(A_OPEN), result, word(A_CLOSE), word(EOS)], 1)
+
+
+def render(
+    cells: Int[Tensor, "batch cells"],
+    generator: Generator,
+    *,
+    noise: float,
+    contrast: float = 1.0,
+    shifted: bool = False,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Draw a grid of colour indices (-1: empty) on grey; shape, place in the cell and brightness of each are random."""
+    n = len(cells)
+    middle = 2.5 + torch.randint(0, PATCH - 5, (2, n, CELLS, 1, 1), generator=generator)  # shapes are 6 pixels wide
+    pixel = torch.arange(float(PATCH))
+    down, right = pixel[:, None] - middle[0], pixel[None] - middle[1]
+    reach, radius = torch.maximum(down.abs(), right.abs()), (down**2 + right**2).sqrt()
+    within = reach <= 2.5
+    disc, triangle = radius <= 2.75, within & (right.abs() <= (down + 3.5) / 2)
+    cross, ring = within & (torch.minimum(down.abs(), right.abs()) <= 1), (radius <= 3.1) & (radius >= 1.5)
+    shapes = torch.stack([cross, ring] if shifted else [within, disc, triangle])
+    kind = torch.randint(0, len(shapes), (1, n, CELLS, 1, 1), generator=generator)
+    shape = shapes.gather(0, kind.expand(1, n, CELLS, PATCH, PATCH))[0]
+    tint = RGB[cells.clamp(min=0)] * (0.6 + 0.4 * torch.rand(n, CELLS, 1, generator=generator))
+    tint = tint + torch.tensor([-0.1, 0.1, -0.1]) if shifted else tint
+    drawn = shape & (cells >= 0)[..., None, None]
+    patches = contrast * drawn[:, :, None] * (tint - BACKGROUND)[..., None, None]
+    images = BACKGROUND + rearrange(patches, "n (row column) c down right -> n c (row down) (column right)", row=GRID)
+    return (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def _lay_out(colours: Tensor, counts: Tensor, generator: Generator) -> Int[Tensor, "batch cells"]:
+    """Place the shapes asked for, and in each cell left over one of the two other colours or nothing."""
+    n, order = len(counts), torch.arange(CELLS)
+    other = torch.randint(1, 4, (n, CELLS), generator=generator)  # 1: nothing
+    cells = torch.where(other == 1, -1, colours.gather(1, other))
+    cells = torch.where(order < counts.sum(1, keepdim=True), colours[:, 1:2], cells)
+    cells = torch.where(order < counts[:, :1], colours[:, :1], cells)
+    return cells.gather(1, torch.rand(n, CELLS, generator=generator).argsort(1))
+
+
+def _question(colours: Tensor, place: Tensor) -> Int[Tensor, "batch words"]:
+    """Return "count COLOUR and COLOUR in PLACE ?"."""
+    count, conjunction, preposition, mark = (torch.full_like(place, ID[word]) for word in ("count", "and", "in", "?"))
+    first, second = (FIRST_COLOUR + colours).unbind(1)
+    return torch.stack([count, first, conjunction, second, preposition, place, mark], 1)
+
+
+def read(responses: Int[Tensor, "batch time"], colours: Int[Tensor, "batch 2"]) -> Reading:
+    """Parse responses: the number after each colour word asked for in the perception, and the number in the answer."""
+    length = responses.shape[1]
+    place = torch.arange(length, device=responses.device)
+
+    def first(token: int) -> Tensor:
+        found = responses == token
+        return torch.where(found.any(1), found.int().argmax(1), length + 99)
+
+    def digit(token: Tensor) -> Tensor:
+        return torch.where((token >= ZERO) & (token < ZERO + 10), token - ZERO, -1)
+
+    p_close, answer_at, end = first(P_CLOSE), first(A_OPEN), first(EOS)
+    ordered = (p_close < first(T_OPEN)) & (first(T_OPEN) < first(T_CLOSE)) & (first(T_CLOSE) < answer_at)
+    answer = digit(responses.gather(1, (answer_at + 1).clamp(max=length - 1)[:, None])[:, 0])
+    well_formed = (
+        (responses[:, 0] == P_OPEN) & ordered & (first(A_CLOSE) == answer_at + 2) & (end < length) & (answer >= 0)
+    )
+    following = torch.nn.functional.pad(digit(responses[:, 1:]), (0, 1), value=-1)
+    counts = []
+    for colour in colours.unbind(1):
+        stated = (responses == FIRST_COLOUR + colour[:, None]) & (place < p_close[:, None]) & (following >= 0)
+        value = following.gather(1, stated.int().argmax(1, keepdim=True))[:, 0]
+        counts.append(torch.where(stated.any(1), value, -1))
+    return Reading(well_formed, torch.stack(counts, 1), torch.where(well_formed, answer, -1))
+
+
+def reward(responses: Int[Tensor, "batch time"], problems: Problems) -> Float[Tensor, " batch"]:
+    """Return 1 for a well-formed response with the right final answer, else 0. The perception earns nothing."""
+    return (read(responses, problems.colours).answer == problems.answers).float()
+
+
+def measure(responses: Int[Tensor, "batch time"], problems: Problems) -> dict[str, float]:
+    """Return exact rates in [0, 1]; ``grounded + lucky + bad_thinking + both_wrong == 1``."""
+    reading = read(responses, problems.colours)
+    right = reading.answer == problems.answers
+    seen = (reading.counts == problems.counts).all(1)
+    rates = {
+        "answer": right,
+        "perception": seen,
+        "count": reading.counts == problems.counts,
+        "grounded": right & seen,
+        "lucky": right & ~seen,
+        "bad_thinking": ~right & seen,
+        "both_wrong": ~right & ~seen,
+        # Does the answer follow from what was written, true or not?
+        "consistent": (reading.answer == reading.counts.sum(1)) & (reading.counts >= 0).all(1),
+        "bias": (reading.answer == problems.shortcut) & (problems.shortcut >= 0),
+        "well_formed": reading.well_formed,
+    }
+    return {name: rate.double().mean().item() for name, rate in rates.items()}
+
+
+def to_words(token_ids: Tensor) -> list[str]:
+    return [VOCABULARY[token] for token in token_ids.tolist()]
