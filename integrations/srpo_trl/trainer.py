@@ -1,0 +1,339 @@
+"""`GRPOTrainer` with role-aware token credit: one overridden hook, TRL's own loss."""
+
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from trl import GRPOTrainer
+
+from srpo_core import (
+    BrokenReason,
+    Role,
+    RoleAdvantages,
+    ScaleState,
+    counterfactual_responses,
+    segment_responses,
+    srpo_advantages,
+)
+from srpo_trl.config import SRPOConfig
+from srpo_trl.contexts import Context, context_of, corrupted_context, scoring_inputs
+
+__all__ = ["SRPOMixin", "SRPOTrainer"]
+
+# TRL 1.15 computes no log-probabilities on a CPU.
+SUPPORTED_TRL = SpecifierSet(">=1.0,!=1.15.*")
+# Here positions are counted along the attention mask, so that a masked perception is a removed one. Elsewhere (LLaVA,
+# Gemma3, linear attention) it leaves a gap in the positions or a trace in the state.
+MASK_IS_REMOVAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
+
+
+# A mixin names no base at run time; type checkers should know what it will be mixed into.
+_Base = GRPOTrainer if TYPE_CHECKING else object
+
+
+class SRPOMixin(_Base):
+    """Weighs the advantages of any trainer built on ``GRPOTrainer``: ``class Mine(SRPOMixin, MyGRPOTrainer)``.
+
+    Takes the arguments of the trainer it is mixed into, `args` being an :class:`SRPOConfig`. It overrides one method,
+    which scores every rollout batch, and returns advantages per token instead of per response.
+    """
+
+    _tag_names = ["trl", "grpo", "srpo"]  # noqa: RUF012
+    _name = "SRPO"
+    _paper = {  # noqa: RUF012
+        "title": "Structured Role-aware Policy Optimization for Multimodal Reasoning",
+        "id": "2605.07274",
+        "citation": textwrap.dedent("""\
+            @article{jiang2026structured,
+                title  = {{Structured Role-aware Policy Optimization for Multimodal Reasoning}},
+                author = {Bingqing Jiang and Difan Zou},
+                year   = 2026,
+                eprint = {arXiv:2605.07274},
+            }"""),
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *rest: Any, **kwargs: Any):
+        check_upstream(type(self))
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = SRPOConfig(f"{name.split('/')[-1]}-SRPO")
+        if not isinstance(args, SRPOConfig):
+            raise TypeError(f"args must be a srpo_trl.SRPOConfig, got {type(args).__name__}: it has the same fields")
+        if getattr(args, "use_liger_kernel", False) and version("trl") in SpecifierSet("<1.14"):
+            raise ValueError(
+                "use_liger_kernel=True takes one advantage per response on TRL below 1.14: set it to False, or upgrade"
+            )
+        self._srpo = args.srpo_options()
+        self._srpo_is_first = True
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.add_callback(_ScaleMemory())
+        family = self.model.config.model_type
+        if self._srpo.counterfactual == "mask" and family not in MASK_IS_REMOVAL:
+            raise ValueError(
+                f"srpo_counterfactual='mask' is exact only for {', '.join(sorted(MASK_IS_REMOVAL))}: {family} would "
+                "still see where the perception was. Set srpo_counterfactual='swap' or 'drop'"
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        _refuse_mixed_rows(inputs)
+        batch = super()._generate_and_score_completions(inputs)
+        start = time.perf_counter()
+        rollouts = self._srpo_rollouts(batch)
+        if self._srpo_is_first:
+            self._srpo_check_format(batch, rollouts)
+        credit, metrics = self._srpo_credit(batch, rollouts)
+        self._srpo_log(rollouts, credit, metrics, start)
+        self._srpo_is_first = False
+        # A new dict: the batch's own tensors may be shared.
+        return batch | {"advantages": credit.advantages[rollouts.own, : batch["completion_ids"].shape[1]]}
+
+    def _srpo_rollouts(self, batch: dict[str, Any]) -> "_Rollouts":
+        """The generation batch of all ranks: weights, donors and metrics then do not depend on how it was split."""
+        token_ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            mask = mask & batch["tool_mask"].bool()
+        tokenizer = self._srpo_tokenizer
+        eos = self.model.generation_config.eos_token_id
+        roles, broken, boundary = segment_responses(
+            token_ids,
+            mask,
+            tokenizer,
+            tags=self._srpo.tags,
+            eos_token_id=[
+                tokenizer.eos_token_id,
+                *(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+            ],
+            answer_role=self._srpo.answer_role,
+        )
+        rows = self.accelerator.num_processes * len(token_ids)
+        in_group = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.accelerator.process_index * len(token_ids)
+        return _Rollouts(
+            token_ids=self._srpo_gather(token_ids, fill=tokenizer.pad_token_id),
+            mask=self._srpo_gather(mask),
+            roles=self._srpo_gather(roles),
+            boundary=self._srpo_gather(boundary),
+            broken=self._srpo_gather(broken),
+            advantages=self._srpo_gather(batch["advantages"]),
+            group_ids=torch.arange(rows, device=token_ids.device) // in_group,
+            own=slice(first, first + len(token_ids)),
+        )
+
+    def _srpo_gather(self, rows: Tensor, fill: int = 0) -> Tensor:
+        """Rows of all ranks in rank order, right-padded to one length."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        moved = rows.long() if rows.dtype == torch.bool else rows  # gloo does not pad booleans
+        if rows.ndim == 2:
+            moved = self.accelerator.pad_across_processes(moved, dim=1, pad_index=fill)
+        return self.accelerator.gather(moved).to(rows.dtype)
+
+    def _srpo_credit(self, batch: dict[str, Any], rollouts: "_Rollouts") -> tuple[RoleAdvantages, dict[str, Tensor]]:
+        """Score the responses in two more contexts and weigh their tokens."""
+        options, context, own = self._srpo, context_of(batch), rollouts.own
+        token_ids, mask = batch["completion_ids"], batch["completion_mask"]
+        counterfactual = counterfactual_responses(
+            rollouts.token_ids,
+            rollouts.roles,
+            rollouts.mask,
+            kind=options.counterfactual,
+            group_ids=rollouts.group_ids,
+            boundary=rollouts.boundary,
+            pad_token_id=self._srpo_tokenizer.pad_token_id,
+        )
+        log_probs = batch.get("old_per_token_logps")
+        if log_probs is None or _has_dropout(self.model):
+            log_probs = self._srpo_log_probs(context, token_ids, mask)
+        log_probs = self._srpo_gather(log_probs)
+
+        corrupted, corrupted_log_probs = context, None
+        has_images = torch.tensor(["pixel_values" in context.vision], device=token_ids.device)
+        if self._srpo_gather(has_images).any():
+            if has_images:
+                corrupted = corrupted_context(
+                    context,
+                    options,
+                    processor=self.processing_class,
+                    model_config=self.model.config,
+                    group_ids=rollouts.group_ids[own],
+                    step=self.state.global_step,
+                    is_first=self._srpo_is_first,
+                )
+            # A rank of text rows alone keeps step with the others: sharded models gather weights in every forward.
+            corrupted_log_probs = self._srpo_gather(self._srpo_log_probs(corrupted, token_ids, mask))
+
+        counterfactual_log_probs = self._srpo_log_probs(
+            corrupted if options.counterfactual_image == "corrupted" else context,
+            counterfactual.token_ids[own],
+            counterfactual.attention_mask[own],
+            counterfactual.positions[own, : token_ids.shape[1]],
+        )
+        memory = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _ScaleMemory))
+        credit = srpo_advantages(
+            log_probs,
+            corrupted_log_probs,
+            counterfactual.carry_back(self._srpo_gather(counterfactual_log_probs), log_probs),
+            rollouts.roles,
+            rollouts.advantages,
+            rollouts.mask,
+            broken=rollouts.broken,
+            scale_state=memory.recall(log_probs.device),
+            **options.advantage_options(step=self.state.global_step),
+        )
+        if self.model.training:
+            memory.remember(credit.scale_state)
+        has_perception = rollouts.where(Role.PERCEPTION).any(1)
+        is_changed = has_perception & (rollouts.mask & (counterfactual.positions < 0)).any(1)
+        return credit, {
+            "counterfactual/coverage": is_changed.sum() / has_perception.sum().clamp(min=1),
+            "advantage/zero": (rollouts.advantages == 0).float().mean(),
+        }
+
+    def _srpo_log_probs(
+        self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of responses by the trainer's own code path, in its own micro-batches."""
+        if response_ids.shape[1] == 0:  # every response of every rank was perception alone, and dropped
+            return response_ids.new_zeros(response_ids.shape, dtype=torch.float32)
+        token_ids, mask, vision = scoring_inputs(context, response_ids, attention_mask, positions)
+        sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
+        batch_size = sizes[self.model.training]
+        with torch.no_grad(), _evaluating(self.model):
+            return self._get_per_token_logps_and_entropies(
+                self.model, token_ids, mask, response_ids.shape[1], batch_size=batch_size, **vision
+            )[0]
+
+    def _srpo_check_format(self, batch: dict[str, Any], rollouts: "_Rollouts") -> None:
+        """Refuse a prompt under which no response can have roles. Only the first batch is looked at."""
+        tags = self._srpo.tags
+        prompt_ids = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()]
+        prompt = self._srpo_tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)
+        for opening, _ in tags.pairs.values():
+            if prompt.rstrip().endswith(opening):
+                raise ValueError(
+                    f"the chat template ends the prompt with {opening!r}, so that responses begin inside a block whose "
+                    "opening tag they lack and all count as broken: take the tag out of the template's generation "
+                    "prompt"
+                )
+        if self._srpo.strength > 0 and tags.perception[0] not in prompt and not (rollouts.broken == 0).any():
+            structure = "".join(f"{opening}...{closing}" for opening, closing in tags.pairs.values())
+            raise ValueError(
+                f"no response of the first batch has the structure {structure}, and the prompt does not ask for it: "
+                "name the tags in a system message of the prompts (docs/trl.md has one), train on demonstrations "
+                "first, or set srpo_perception_tags, srpo_reasoning_tags and srpo_answer_tags to your own"
+            )
+
+    def _srpo_log(
+        self, rollouts: "_Rollouts", credit: RoleAdvantages, metrics: dict[str, Tensor], start: float
+    ) -> None:
+        metrics = credit.metrics | metrics
+        logged = self._metrics["train" if self.model.training else "eval"]
+        for name, value in zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True):
+            logged[f"srpo/{name}"].append(value)
+        columns = self._logs["extra"]
+        for role in (Role.PERCEPTION, Role.REASONING):
+            where = rollouts.where(role)
+            means = (credit.weights * where).sum(1) / where.sum(1)  # NaN where a response has no such token
+            columns[f"srpo_{role.name.lower()}_weight"].extend(means.tolist())
+        columns["srpo_broken"].extend(BrokenReason(reason).name.lower() for reason in rollouts.broken.tolist())
+        logged["srpo/seconds"].append(time.perf_counter() - start)
+
+    @property
+    def _srpo_tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+
+class SRPOTrainer(SRPOMixin, GRPOTrainer):
+    """Drop-in for :class:`trl.GRPOTrainer`: same arguments, `args` being an :class:`SRPOConfig`."""
+
+
+class _Rollouts(NamedTuple):
+    """Responses of all ranks, and which of them are this rank's."""
+
+    token_ids: Tensor
+    mask: Tensor
+    roles: Tensor
+    boundary: Tensor
+    broken: Tensor
+    advantages: Tensor
+    group_ids: Tensor
+    own: slice
+
+    def where(self, role: Role) -> Tensor:
+        return self.mask & (self.roles == int(role))
+
+
+class _ScaleMemory(TrainerCallback, ExportableState):
+    """Keeps the moving average behind ``srpo_scale="ema_rms"`` in ``trainer_state.json``."""
+
+    def __init__(self) -> None:
+        self.sums: list[float] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"sums": self.sums}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Transformers restores callbacks only on request; without its average a resumed run would weigh differently.
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None:
+            self.sums = saved["attributes"]["sums"]
+
+    def recall(self, device: torch.device) -> ScaleState | None:
+        return None if self.sums is None else ScaleState(*torch.tensor(self.sums, device=device))
+
+    def remember(self, state: ScaleState | None) -> None:
+        self.sums = None if state is None else torch.stack(list(state)).tolist()
+
+
+def check_upstream(trainer_class: type) -> None:
+    """Raise if the installed TRL is not one this adapter knows how to hook into."""
+    installed = version("trl")
+    if not SUPPORTED_TRL.contains(installed, prereleases=True):
+        raise ImportError(f"trl {installed} is not supported: pip install 'trl{SUPPORTED_TRL}'")
+    for hook in ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"):
+        if not callable(getattr(trainer_class, hook, None)):
+            raise ImportError(
+                f"trl {installed} has no {trainer_class.__name__}.{hook}, which SRPO builds on: install an older trl, "
+                "and tell the maintainers of srpo_core"
+            )
+
+
+def _refuse_mixed_rows(inputs: list[dict[str, Any]]) -> None:
+    images = [row.get("images", row.get("image")) for row in inputs]
+    has_image = [bool(image) if isinstance(image, list) else image is not None for image in images]
+    if any(has_image) and not all(has_image):
+        raise ValueError(
+            f"rows {[row for row, has in enumerate(has_image) if not has]} of a generation batch have no image while "
+            "others have one, which TRL cannot process together: train on them separately, or give the text rows a "
+            "blank image"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in the present mode is random."""
+    for module in model.modules():
+        rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        rates += [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        if module.training and any(rate > 0 for rate in rates):
+            return True
+    return False
