@@ -1,0 +1,86 @@
+"""What the adapter assumes of TRL. When TRL moves one of these, a test with a readable name fails."""
+
+import inspect
+
+import pytest
+import torch
+from training import make_trainer, rollout_batch
+from trl import GRPOTrainer
+
+from srpo_trl.contexts import VISION_KEYS
+from srpo_trl.trainer import check_upstream
+
+
+@pytest.fixture(scope="module")
+def batch():
+    trainer = make_trainer(GRPOTrainer, num_iterations=2)
+    return rollout_batch(trainer)
+
+
+def test_trl_still_scores_a_rollout_batch_in_generate_and_score_completions():
+    parameters = list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters)
+    assert parameters == ["self", "inputs"]
+
+
+def test_trl_still_computes_log_probs_in_get_per_token_logps_and_entropies():
+    signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+    names = list(signature.parameters)
+    is_opaque = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())  # TRL 1.14
+    assert is_opaque or names[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+
+
+def test_trl_log_prob_function_takes_no_vision_key_we_do_not_pass():
+    parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    known = {"self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "args", "kwargs"}
+    known |= {"compute_entropy", "compute_efficient", "compute_aux_loss", *VISION_KEYS}
+    assert set(parameters) <= known
+
+
+def test_trl_rollout_batch_still_has_the_keys_we_read(batch):
+    assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"} <= set(batch)
+    assert {"pixel_values", "image_grid_thw", "num_images"} <= set(batch)
+    assert batch["completion_ids"].shape == batch["completion_mask"].shape == batch["old_per_token_logps"].shape
+
+
+def test_trl_still_pads_prompts_left_and_responses_right(batch):
+    assert batch["prompt_mask"][:, -1].all()
+    assert (batch["completion_mask"].diff(dim=1) <= 0).all()
+    assert batch["completion_mask"][:, 0].all()
+
+
+def test_trl_advantages_are_still_one_per_response_and_its_loss_takes_one_per_token(batch):
+    assert batch["advantages"].shape == (len(batch["completion_ids"]),)
+    trainer = make_trainer(GRPOTrainer, num_iterations=2)
+    trainer.current_gradient_accumulation_steps = 1
+    per_token = batch["advantages"][:, None] * torch.linspace(0.5, 1.5, batch["completion_ids"].shape[1])
+    losses = [
+        trainer._compute_loss(trainer.model, batch | {"advantages": advantages}).item()
+        for advantages in (batch["advantages"], batch["advantages"][:, None].expand_as(per_token), per_token)
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_trl_metrics_and_completion_columns_are_still_where_we_write_them():
+    trainer = make_trainer(GRPOTrainer)
+    trainer._metrics["train"]["srpo/x"].append(1.0)
+    trainer._metrics["eval"]["srpo/x"].append(1.0)
+    trainer._logs["extra"]["srpo_x"].extend([1.0])
+
+
+def test_trl_model_card_still_reads_paper_name_and_tags():
+    for name in ("_paper", "_name", "_tag_names"):
+        assert hasattr(GRPOTrainer, name)
+
+
+@pytest.mark.parametrize("hook", ["_generate_and_score_completions", "_get_per_token_logps_and_entropies"])
+def test_a_trl_without_our_hook_is_refused_at_start_up(hook):
+    moved = type("Moved", (), {name: print for name in ("_generate_and_score_completions",) if name != hook})
+    with pytest.raises(ImportError, match=hook):
+        check_upstream(moved)
+
+
+def test_an_unsupported_trl_is_refused_at_start_up(monkeypatch):
+    monkeypatch.setattr("srpo_trl.trainer.version", lambda name: "1.15.0")
+    with pytest.raises(ImportError, match=r"trl 1\.15\.0 is not supported: pip install 'trl.*1\.0"):
+        make_trainer()
