@@ -38,6 +38,7 @@ _ROLE_LETTERS = {Role.OTHER: "O", Role.PERCEPTION: "P", Role.REASONING: "R"}
 _BROKEN = {reason.name.lower(): reason for reason in BrokenReason}
 _LOG_PROBS = ("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs", "repeated_log_probs")
 _MAX_LOG_PROB = 1e-3  # what rounding may make of log 1
+_LARGEST = float(np.finfo(np.float32).max)
 _DECIMALS = 5  # of numbers per token: far below the noise between two passes
 
 
@@ -218,6 +219,8 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
     tokens, text, offsets = (values.pop(name, None) for name in ("tokens", "text", "offsets"))
     if (tokens is None) == (text is None):
         raise RolloutError("a rollout needs 'tokens' or 'text', " + ("not both" if tokens is not None else "got none"))
+    if tokens is not None and offsets is not None:
+        raise RolloutError("offsets are those of 'text'; 'tokens' need none")
     if tokens is not None:
         text = "".join(tokens)
         ends = np.fromiter(accumulate(map(len, tokens)), np.int64, len(tokens))
@@ -253,11 +256,14 @@ def _array(name: str, value: Any, expected: str) -> list[Any]:
     return value if type(value) is list else _wrong(name, f"an array of {expected}", value)
 
 
+# Checks of arrays look at the set of types: a loop in Python over every token would take as long as all else.
+
+
 def _tokens(name: str, value: Any) -> list[str]:
     tokens = _array(name, value, "strings")
-    for index, token in enumerate(tokens):
-        if type(token) is not str:
-            _wrong(f"{name}[{index}]", "a string", token)
+    if not set(map(type, tokens)) <= {str}:
+        index, token = next((index, token) for index, token in enumerate(tokens) if type(token) is not str)
+        _wrong(f"{name}[{index}]", "a string", token)
     return tokens
 
 
@@ -273,20 +279,25 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int or (type(value) is float and value.is_integer())
 
 
-def _numbers(name: str, value: Any) -> NDArray[np.float32]:
-    value = _array(name, value, "numbers")
-    # fromiter is twice as fast as array; it takes booleans and numeric strings too, which are caught by their types.
-    if not set(map(type, value)) <= {int, float}:
-        index = next(index for index, item in enumerate(value) if type(item) not in (int, float))
-        _wrong(f"{name}[{index}]", "a number", value[index])
+def _numbers(name: str, value: Any, *, null: float | None = None) -> NDArray[np.float32]:
+    types = set(map(type, _array(name, value, "numbers")))
+    excluded: list[int] = []
+    if null is not None and type(None) in types:
+        excluded = [index for index, item in enumerate(value) if item is None]
+        value = [0.0 if item is None else item for item in value]
+        types.remove(type(None))
+    if not types <= {int, float}:
+        index, item = next((index, item) for index, item in enumerate(value) if type(item) not in (int, float))
+        _wrong(f"{name}[{index}]", "a number", item)
     try:
-        with np.errstate(over="ignore"):
-            numbers = np.fromiter(value, np.float32, len(value))
+        numbers = np.fromiter(value, np.float64, len(value))
     except OverflowError:  # an integer beyond every float
-        numbers = np.array([min(max(item, -sys.float_info.max), sys.float_info.max) for item in value], np.float32)
-    if not np.isfinite(numbers).all():
-        raise RolloutError(f"{name}[{int(np.argmin(np.isfinite(numbers)))}] is not a finite number")
-    return numbers
+        numbers = np.array([item if abs(item) <= _LARGEST else np.inf for item in value], np.float64)
+    if len(numbers) and not max(numbers.max(), -numbers.min()) <= _LARGEST:
+        raise RolloutError(f"{name}[{int(np.argmax(np.abs(numbers)))}] is not a finite number")
+    if excluded:
+        numbers[excluded] = null
+    return numbers.astype(np.float32)
 
 
 def _weights(name: str, value: Any) -> NDArray[np.float32]:
@@ -298,15 +309,10 @@ def _weights(name: str, value: Any) -> NDArray[np.float32]:
 
 
 def _log_prob_array(name: str, value: Any) -> NDArray[np.float32]:
-    value = _array(name, value, "numbers")
-    excluded = [index for index, item in enumerate(value) if item is None] if None in value else []
-    if excluded:
-        value = [0.0 if item is None else item for item in value]
-    numbers = _numbers(name, value)
+    numbers = _numbers(name, value, null=-np.inf)
     if len(numbers) and numbers.max() > _MAX_LOG_PROB:
         index = int(numbers.argmax())
         raise RolloutError(f"{name}[{index}] is {numbers[index]:g}; a log-probability is at most 0")
-    numbers[excluded] = -np.inf
     return numbers
 
 

@@ -115,6 +115,7 @@ def test_what_the_schema_refuses_is_refused_and_nothing_else_but_lengths(line, d
         (b'{"tokens": ["a"], "reward": NaN}', "not JSON: "),
         (b"[1]", "a rollout is a JSON object, got an array"),
         (b'{"reward": 1}', "a rollout needs 'tokens' or 'text', got none"),
+        (b'{"tokens": [], "offsets": []}', "offsets are those of 'text'; 'tokens' need none"),
         (b'{"tokens": [], "text": ""}', "a rollout needs 'tokens' or 'text', not both"),
         (b'{"text": "a", "log_probs": [1]}', "'log_probs' is no field of a rollout; did you mean 'old_log_probs'"),
         (b'{"text": "a", "loss": [1]}', "'loss' is no field of a rollout; put what is your own under 'extra'"),
