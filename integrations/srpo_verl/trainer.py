@@ -143,7 +143,8 @@ class SRPOMixin:
         old, corrupted, counterfactual, advantages = (
             data[key].to_padded_tensor(0.0).float() for key in (*keys[:3], "advantages")
         )
-        images, same = data["srpo_images"].unbind(dim=1)
+        # Rows one by one: TransferQueue hands equal ones back stacked or nested, as it likes.
+        images, same = torch.stack(data["srpo_images"].unbind()).unbind(dim=1)
         if images.any() and torch.equal(images, same):
             raise RuntimeError(
                 f"algorithm.srpo.corruption={self.srpo_config.corruption!r} left all {int(images.sum())} images as "

@@ -57,7 +57,7 @@ def prompt_id(prompt: Tensor, inputs: Mapping[str, Any]) -> int:
     """
     digest = hashlib.blake2b(_bytes(prompt), digest_size=7)
     for key, _ in _PIXELS:
-        if key in inputs:
+        if isinstance(inputs.get(key), Tensor):
             pixels = inputs[key].flatten()
             digest.update(_bytes(pixels[:: max(1, len(pixels) // 4096)].float()))
     return int.from_bytes(digest.digest(), "little")
