@@ -13,6 +13,12 @@ from srpo_core.contrasts import perception_consistency, visual_dependency
 from srpo_core.corruption import corrupt_images, corrupt_pixel_values
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
 from srpo_core.diagnostics import credit_metrics
+from srpo_core.fused import (
+    LogProbsAndEntropy,
+    fused_linear_grpo_loss,
+    fused_linear_log_probs,
+    fused_linear_log_probs_and_entropy,
+)
 from srpo_core.log_probs import token_divergence, token_entropy, token_log_probs
 from srpo_core.losses import (
     LossOutput,
@@ -40,6 +46,7 @@ from srpo_core.weights import RoleScales, ScaleState, mix_schedule, role_scales,
 __all__ = [
     "BrokenReason",
     "CounterfactualResponses",
+    "LogProbsAndEntropy",
     "LossOutput",
     "Role",
     "RoleAdvantages",
@@ -56,6 +63,9 @@ __all__ = [
     "corrupt_pixel_values",
     "counterfactual_responses",
     "credit_metrics",
+    "fused_linear_grpo_loss",
+    "fused_linear_log_probs",
+    "fused_linear_log_probs_and_entropy",
     "group_advantages",
     "grpo_loss",
     "gspo_surrogate",

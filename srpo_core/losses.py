@@ -424,6 +424,54 @@ def grpo_loss(
     References:
         GRPO, arXiv:2402.03300, eq. 3.
     """
+    policy, penalty = token_losses(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        ref_log_probs=ref_log_probs,
+        surrogate=surrogate,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        max_ratio=max_ratio,
+        temperature_positive=temperature_positive,
+        temperature_negative=temperature_negative,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
+    policy_loss = aggregate(policy, mask, reduction=reduction, normalizer=normalizer)
+    metrics = {"loss/policy": policy_loss.detach()}
+    metrics |= _ratio_metrics(log_probs, old_log_probs, advantages, mask, clip_low, clip_high, dual_clip)
+    loss = policy_loss
+    if penalty is not None:
+        metrics["kl/reference"] = masked_mean(penalty.detach(), mask)
+        if kl_coef > 0.0:
+            loss = policy_loss + kl_coef * aggregate(penalty, mask, reduction=reduction, normalizer=normalizer)
+    return LossOutput(loss, metrics)
+
+
+def token_losses(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_log_probs: Tensor | None,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    max_ratio: float,
+    temperature_positive: float,
+    temperature_negative: float,
+    kl_coef: float,
+    kl_estimator: KLEstimator,
+) -> tuple[Tensor, Tensor | None]:
+    """Policy loss and KL penalty (None without a reference) of each token: what `grpo_loss` and its fused twin share.
+
+    Every surrogate but the two of GSPO treats each token by itself, so any part of a batch may be asked alone.
+    """
     if not kl_coef >= 0.0:
         raise ValueError(f"kl_coef must be at least 0, got {kl_coef}")
     if kl_coef > 0.0 and ref_log_probs is None:
@@ -439,17 +487,9 @@ def grpo_loss(
         "gspo_token": lambda: gspo_token_surrogate(*inputs, clip_low=clip_low, clip_high=clip_high),
         "gspo": lambda: gspo_surrogate(*inputs, clip_low=clip_low, clip_high=clip_high),
     }
-    policy_loss = aggregate(
-        choose("surrogate", surrogate, surrogates)(), mask, reduction=reduction, normalizer=normalizer
-    )
-    metrics = {"loss/policy": policy_loss.detach()} | _ratio_metrics(*inputs, clip_low, clip_high, dual_clip)
-    loss = policy_loss
-    if ref_log_probs is not None:
-        penalty = kl_penalty(log_probs, ref_log_probs, mask, estimator=kl_estimator)
-        metrics["kl/reference"] = masked_mean(penalty.detach(), mask)
-        if kl_coef > 0.0:
-            loss = policy_loss + kl_coef * aggregate(penalty, mask, reduction=reduction, normalizer=normalizer)
-    return LossOutput(loss, metrics)
+    policy = choose("surrogate", surrogate, surrogates)()
+    penalty = None if ref_log_probs is None else kl_penalty(log_probs, ref_log_probs, mask, estimator=kl_estimator)
+    return policy, penalty
 
 
 def _masked_inputs(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
