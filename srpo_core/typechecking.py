@@ -2,7 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import torch
@@ -27,12 +29,16 @@ def typechecked(function: Callable[P, R]) -> Callable[P, R]:
     ``torch.compile``, where they would break the graph, and with ``JAXTYPING_DISABLE=1``: shapes are then on trust.
     """
     checked = jaxtyped(typechecker=beartype(conf=_CONF))(function)
+    # Of a sequence, beartype checks one item, drawn from Python's global generator: training must not notice.
+    has_sequence = any(map(_names_sequence, function.__annotations__.values()))
+    guard = _random_state_kept if has_sequence else nullcontext
 
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
-            return checked(*args, **kwargs)
+            with guard():
+                return checked(*args, **kwargs)
         except TypeCheckError as error:
             message = _explain(function, args, kwargs)
             if message is None:
@@ -42,6 +48,20 @@ def typechecked(function: Callable[P, R]) -> Callable[P, R]:
     # torch.compile counts recompilations by code object: without its own, the ninth wrapped function hits the limit.
     wrapper.__code__ = wrapper.__code__.replace(co_name=f"typechecked_{function.__name__}")
     return functools.wraps(function)(wrapper)
+
+
+def _names_sequence(annotation: Any) -> bool:
+    is_sequence = inspect.isclass(get_origin(annotation)) and issubclass(get_origin(annotation), Sequence)
+    return is_sequence or any(map(_names_sequence, get_args(annotation)))
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def choose(argument: str, value: str, options: Mapping[str, R]) -> R:

@@ -1,5 +1,7 @@
 """Messages that name the argument, what was expected and what to pass instead; and what the wrapper leaves alone."""
 
+import random
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -95,3 +97,15 @@ def test_choose_names_the_argument_and_its_options():
     assert choose("kind", "a", {"a": 1}) == 1
     with pytest.raises(ValueError, match="^kind must be one of 'a', 'b', got 'c'$"):
         choose("kind", "c", {"a": 1, "b": 2})
+
+
+def test_checking_a_sequence_leaves_pythons_random_state_alone():
+    @typechecked
+    def sequence(ids: int | Sequence[int]) -> int:
+        return 0
+
+    state = random.getstate()
+    sequence([1, 2, 3])
+    with pytest.raises(TypeCheckError):
+        sequence(["a"])  # type: ignore[list-item]
+    assert random.getstate() == state
