@@ -45,7 +45,7 @@ _UNSUPPORTED = {
 }
 
 #: Estimators that give a response one advantage, so that weights can split it among the tokens.
-ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo", "gpg")
+ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "gpg")
 #: Losses whose gradient at a token is proportional to that token's advantage, so that weighting it weights the token.
 LOSS_MODES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "cispo", "bypass_mode")
 _STRATEGIES = ("fsdp", "fsdp2")

@@ -25,7 +25,7 @@ exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
   +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32 \
   +actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype=fp32 \
   actor_rollout_ref.actor.ppo_mini_batch_size=4 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \
-  actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.optim.lr=1e-3 \
+  actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.ppo_epochs=2 actor_rollout_ref.actor.optim.lr=1e-3 \
   actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=4 \
   actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8 actor_rollout_ref.rollout.calculate_log_probs=True \
   +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_harness.engine.ScriptedRollouts \

@@ -1,7 +1,7 @@
 """Test only: in the place of the rollout engine, scripted rollouts; and a record of what SRPO moved and made.
 
 Loaded by ``VERL_USE_EXTERNAL_MODULES`` after the platform. The command line names ``ScriptedRollouts`` as its agent
-loop. ``SRPO_VERL_RECORD`` names a folder for the record.
+loop. ``SRPO_VERL_RECORD`` names a folder for the record; ``SRPO_VERL_FAIL_WORKER`` breaks the worker.
 """
 
 import json
@@ -133,5 +133,17 @@ def _record(folder: pathlib.Path) -> None:
     adapter.SRPOMixin._weight_advantages = recorded
 
 
+def _fail_worker() -> None:
+    """The worker breaks in the middle of SRPO's passes."""
+    from srpo_verl.worker import SRPOWorker
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise ValueError("the images of this test are square")
+
+    SRPOWorker._corrupted = broken
+
+
+if "SRPO_VERL_FAIL_WORKER" in os.environ:
+    _fail_worker()
 if "SRPO_VERL_RECORD" in os.environ:
     _record(pathlib.Path(os.environ["SRPO_VERL_RECORD"]))

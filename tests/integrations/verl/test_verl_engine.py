@@ -1,0 +1,607 @@
+"""The adapter in one process: verl's real FSDP2 engine, its loss and its trainer's steps; a dictionary for the queue.
+
+Every log-prob is compared with the model of transformers scoring the row alone, unpadded, its positions computed anew.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import types
+
+import pytest
+import torch
+import verl.trainer.ppo.v1.trainer_base as trainer_base
+import verl.utils.transferqueue_utils
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+from srpo_verl import trainer as adapter
+from srpo_verl.options import ESTIMATORS, LOSS_MODES
+from srpo_verl.views import corrupt_rows
+from srpo_verl.worker import SRPOWorker
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from transfer_queue import KVBatchMeta
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
+from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import (
+    FSDPActorConfig,
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    TrainingWorkerConfig,
+)
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import ppo_loss
+from verl_harness import rollouts, tiny_vlm
+
+from srpo_core import SRPOConfig, counterfactual_responses, grpo_loss, segment_responses, srpo_advantages
+
+PROMPTS, N = 4, 4
+CONFIG_DIR = os.path.join(os.path.dirname(os.path.dirname(trainer_base.__file__)), "..", "config")
+
+
+# The parts: an engine, the same model alone, rows, and a queue.
+
+
+class Parts(types.SimpleNamespace):
+    """The engine's worker, the model of transformers with the same weights, tokenizer and processor."""
+
+
+def _module(name):
+    return {"": Qwen2_5_VLForConditionalGeneration, "model": Qwen2_5_VLModel}[name]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_vlm.build(folder)
+    # verl replaces the forward of the classes; the model that scores alone keeps transformers' own.
+    alone = {name: vars(_module(name))["forward"] for name in ("", "model")}
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29761", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    from verl.utils.tokenizer import hf_processor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.AutoProcessor.from_pretrained", tiny_vlm.load_processor)
+        model_config = HFModelConfig(
+            path=str(folder),
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        )
+        processor = hf_processor(str(folder))
+    engine = FSDPEngineConfig(
+        strategy="fsdp2",
+        use_torch_compile=False,
+        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        micro_batch_size_per_gpu=8,
+        infer_micro_batch_size_per_gpu=8,
+        use_dynamic_bsz=False,
+        dtype="float32",
+    )
+    worker = TrainingWorker(
+        config=TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model_config,
+            engine_config=engine,
+            optimizer_config=FSDPOptimizerConfig(lr=0.0, weight_decay=0.0, total_training_steps=10),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    worker.reset()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    for name, forward in alone.items():
+        model.get_submodule(name).forward = types.MethodType(forward, model.get_submodule(name))
+    yield Parts(worker=worker, model=model, processor=processor, tokenizer=processor.tokenizer, folder=folder)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def rows(parts):
+    """Fifteen rollouts of four prompts (one image, two images, none, one) and verl's padding row."""
+
+    def scored(row):
+        return row | {"old_log_probs": one_by_one(parts, row)}
+
+    made = [
+        {"uid": f"prompt{index}"} | rollouts.rollout(index, 1, session, parts.tokenizer, parts.processor, parts.model)
+        for index in range(PROMPTS)
+        for session in range(N)
+    ][:-1]
+    padding, _ = construct_minimal_padding_template(made[0], {}, parts.tokenizer.eos_token_id)
+    return [scored(row) for row in [*made, padding | {"uid": "pad"}]]
+
+
+class Queue:
+    """What is used of TransferQueue: rows by key, fields handed out as it hands them out."""
+
+    def __init__(self, rows):
+        self.rows = {f"{row['uid']}_{number}_0": dict(row) for number, row in enumerate(rows)}
+        self.watched = []
+
+    def kv_batch_put(self, *, keys, partition_id, fields):
+        for name in fields.keys():  # noqa: SIM118
+            for key, value in zip(keys, fields[name].unbind(), strict=True):
+                self.rows[key][name] = value
+        return self.meta(keys)
+
+    def kv_batch_get(self, *, keys, partition_id, select_fields):
+        self.watched.append(tuple(select_fields))
+        return self.batch(keys, select_fields)
+
+    def batch(self, keys, names):
+        names = [name for name in names if all(name in self.rows[key] for key in keys)]
+        return nested_batch([{name: self.rows[key][name] for name in names} for key in keys])
+
+    def meta(self, keys):
+        fields = [name for name in self.rows[keys[0]] if all(name in self.rows[key] for key in keys)]
+        tags = [{"is_padding": key.startswith("pad")} for key in keys]
+        return KVBatchMeta(keys=list(keys), tags=tags, partition_id="train", fields=fields)
+
+
+def nested_batch(rows):
+    data = TensorDict({}, batch_size=len(rows))
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if not isinstance(values[0], torch.Tensor):
+            data[name] = NonTensorStack(*values)
+        elif values[0].ndim:
+            data[name] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
+        else:
+            data[name] = torch.stack(values)
+    return data
+
+
+class Workers:
+    """The worker group: gives each of its workers a part of the rows, as verl's dispatch does."""
+
+    def __init__(self, queue, worker, parts_of_batch):
+        self.queue, self.worker, self.parts = queue, worker, parts_of_batch
+
+    def compute_srpo_log_probs(self, meta):
+        for keys in torch.arange(len(meta)).chunk(self.parts):
+            names = [meta.keys[row] for row in keys.tolist()]
+            data = self.queue.batch(names, meta.fields)
+            tu.assign_non_tensor(data, **meta.extra_info)
+            self.queue.kv_batch_put(keys=names, partition_id="train", fields=self.worker.compute_srpo_log_probs(data))
+
+
+@functools.cache
+def _composed(*overrides):
+    with initialize_config_dir(config_dir=os.path.abspath(CONFIG_DIR), version_base=None):
+        return compose(
+            config_name="ppo_trainer",
+            overrides=[
+                "trainer.v1.trainer_mode=srpo",
+                "algorithm.adv_estimator=grpo",
+                "actor_rollout_ref.actor.strategy=fsdp2",
+                *overrides,
+            ],
+        )
+
+
+def verl_config(*overrides):
+    return copy.deepcopy(_composed(*overrides))
+
+
+def srpo_worker(parts, config):
+    worker = SRPOWorker.__new__(SRPOWorker)
+    worker.actor = parts.worker
+    worker.setup_srpo(config)
+    return worker
+
+
+class Step(types.SimpleNamespace):
+    """What one step of the trainer left behind, row by row."""
+
+
+@pytest.fixture(scope="module")
+def known_steps():
+    return {}
+
+
+@pytest.fixture
+def run_step(parts, rows, known_steps, monkeypatch):
+    """One ``_compute_advantage`` of the adapter over verl's own, with overrides and a number of workers."""
+
+    def run(*overrides, workers=1, trainer_class=adapter.SRPOTrainer, changes=None):
+        question = (overrides, workers, trainer_class)
+        if changes is None and question in known_steps:
+            return known_steps[question]
+        config = verl_config(*overrides)
+        queue = Queue(rows)
+        for key, row in queue.rows.items():
+            row.update({} if changes is None else changes(key, row))
+        for module in (adapter, trainer_base):
+            monkeypatch.setattr(module, "tq", queue)
+        trainer = trainer_class.__new__(trainer_class)
+        with open_dict(config):
+            options = OmegaConf.to_container(config, resolve=True)
+        trainer.config, trainer.global_steps, trainer.timing_raw = config, 1, {}
+        trainer.tokenizer = parts.tokenizer
+        if issubclass(trainer_class, adapter.SRPOMixin):
+            trainer.srpo_config = adapter.check_config(options)
+            trainer._end_ids = [parts.tokenizer.eos_token_id]
+            trainer.actor_rollout_wg = Workers(queue, srpo_worker(parts, trainer.srpo_config), workers)
+        metrics = {}
+        meta = queue.meta(list(queue.rows))
+        queue.watched.clear()
+        result = trainer._compute_advantage(meta, metrics)
+        step = Step(rows=list(queue.rows.values()), metrics=metrics, meta=result, watched=queue.watched)
+        if changes is None:
+            known_steps[question] = step
+        return step
+
+    return run
+
+
+PlainTrainer = trainer_base.get_trainer_cls("sync")
+
+
+def one_by_one(parts, row, response=None, pixels=None):
+    """The row scored alone by the model of transformers, its positions computed from its ids."""
+    response = row["responses"] if response is None else response
+    pixels = row["multi_modal_inputs"] if pixels is None else pixels
+    ids = torch.cat([row["prompts"], response])
+    positions = rollouts.position_ids(ids, pixels, parts.processor)
+    if row["uid"] == "pad":  # verl counts it as text
+        positions = torch.arange(len(ids)).repeat(4, 1)
+    return rollouts.log_probs(parts.model, ids, positions, pixels, len(response))
+
+
+def padded(values, fill=0):
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+
+
+def mask_of(rows):
+    return padded([row["response_mask"] for row in rows]).bool()
+
+
+def changed_by_hand(parts, rows, config):
+    """Segmentation and changed responses from the core alone."""
+    ids, mask = padded([row["responses"] for row in rows], parts.tokenizer.pad_token_id), mask_of(rows)
+    segmentation = segment_responses(ids, mask, parts.tokenizer, eos_token_id=parts.tokenizer.eos_token_id)
+    uids = [row["uid"] for row in rows]
+    changed = counterfactual_responses(
+        ids,
+        segmentation.roles,
+        mask,
+        kind=config.counterfactual,
+        group_ids=torch.tensor([uids.index(uid) for uid in uids]),
+        boundary=segmentation.boundary,
+        pad_token_id=parts.tokenizer.pad_token_id,
+    )
+    return segmentation, changed
+
+
+# What the workers compute.
+
+
+@pytest.mark.parametrize("kind", ["swap", "drop"])
+def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
+    step = run_step(f"+algorithm.srpo.counterfactual={kind}")
+    _, changed = changed_by_hand(parts, step.rows, SRPOConfig(counterfactual=kind))
+    moved = 0
+    for number, row in enumerate(step.rows):
+        response = changed.token_ids[number][changed.attention_mask[number]]
+        response = row["responses"] if row["uid"] == "pad" else response
+        assert len(row["srpo_counterfactual_log_probs"]) == len(row["srpo_responses"])
+        if row["uid"] == "pad":
+            continue
+        alone = one_by_one(parts, row, response)
+        torch.testing.assert_close(row["srpo_counterfactual_log_probs"], alone, atol=1e-5, rtol=0)
+        moved += not torch.equal(response, row["responses"])
+    assert moved == 13  # all but the broken ones and the padding
+
+
+def test_corrupted_rows_score_as_they_do_alone(parts, run_step):
+    step = run_step()
+    config = SRPOConfig()
+    facts = srpo_worker(parts, config).srpo_images
+    images = [row["multi_modal_inputs"] for row in step.rows]
+    corrupted, _ = corrupt_rows(images, [row["prompts"] for row in step.rows], config, facts, step=1)
+    for row, pixels in zip(step.rows, corrupted, strict=True):
+        alone = one_by_one(parts, row, pixels=pixels)
+        torch.testing.assert_close(row["srpo_corrupted_log_probs"], alone, atol=1e-5, rtol=0)
+        if pixels:
+            assert (row["srpo_corrupted_log_probs"] - row["old_log_probs"]).abs().max() > 1e-3
+
+
+def test_a_counterfactual_may_be_read_with_the_corrupted_image(run_step):
+    kept, corrupted = run_step(), run_step("+algorithm.srpo.counterfactual_image=corrupted")
+    key = "srpo_counterfactual_log_probs"
+    for before, after in zip(kept.rows, corrupted.rows, strict=True):
+        differs = not torch.allclose(before[key], after[key], atol=1e-4)
+        assert differs == bool(before["multi_modal_inputs"])
+
+
+# What becomes of the advantages.
+
+
+def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
+    step, plain = run_step("+algorithm.srpo.strength=1.5"), run_step(trainer_class=PlainTrainer)
+    config, mask = SRPOConfig(strength=1.5), mask_of(step.rows)
+    segmentation, changed = changed_by_hand(parts, step.rows, config)
+    old = padded([row["old_log_probs"] for row in step.rows])
+    corrupted = padded([row["srpo_corrupted_log_probs"] for row in step.rows])
+    counterfactual = padded([row["srpo_counterfactual_log_probs"] for row in step.rows])
+    advantages = padded([row["advantages"] for row in plain.rows])
+    expected = srpo_advantages(
+        old,
+        corrupted,
+        changed.carry_back(counterfactual, old),
+        segmentation.roles,
+        advantages[:, 0],
+        mask,
+        **config.advantage_options(step=1),
+    )
+    weighted = padded([row["advantages"] for row in step.rows])
+    torch.testing.assert_close(weighted, expected.advantages, atol=1e-6, rtol=0)
+    assert not torch.allclose(weighted, advantages, atol=1e-3)
+    for name, value in expected.metrics.items():
+        assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
+
+
+def test_strength_zero_is_verls_grpo_bit_for_bit(run_step):
+    step, plain = run_step("+algorithm.srpo.strength=0"), run_step(trainer_class=PlainTrainer)
+    for weighted, row in zip(step.rows, plain.rows, strict=True):
+        assert torch.equal(weighted["advantages"], row["advantages"])
+        assert weighted["advantages"].dtype == row["advantages"].dtype
+
+
+def test_weights_do_not_depend_on_the_number_of_workers(run_step):
+    one, two = run_step(workers=1), run_step(workers=2)
+    for alone, shared in zip(one.rows, two.rows, strict=True):
+        torch.testing.assert_close(alone["advantages"], shared["advantages"], atol=1e-5, rtol=0)
+    # Donors cross the workers' borders.
+    assert [row["srpo_responses"].tolist() for row in one.rows] == [row["srpo_responses"].tolist() for row in two.rows]
+
+
+def test_no_pixels_travel_through_the_driver(run_step):
+    step = run_step()
+    ours = [fields for fields in step.watched if "rm_scores" not in fields]  # verl's own access
+    assert len(ours) == 2
+    for fields in ours:
+        assert set(fields) <= {
+            "responses",
+            "response_mask",
+            "uid",
+            "advantages",
+            "old_log_probs",
+            "srpo_corrupted_log_probs",
+            "srpo_counterfactual_log_probs",
+            "srpo_images",
+        }
+
+
+def test_the_update_fetches_nothing_of_srpos(run_step):
+    assert "advantages" in run_step().meta.fields
+    assert not [field for field in run_step().meta.fields if field.startswith("srpo_")]
+
+
+def test_pixels_are_not_written_in_place(rows, run_step):
+    before = [row["multi_modal_inputs"].get("pixel_values", torch.zeros(1)).clone() for row in rows]
+    run_step()
+    for pixels, row in zip(before, rows, strict=True):
+        assert torch.equal(pixels, row["multi_modal_inputs"].get("pixel_values", torch.zeros(1)))
+
+
+def test_text_only_rows_have_no_visual_contrast(run_step):
+    step = run_step("+algorithm.srpo.counterfactual=drop")
+    plain = run_step("+algorithm.srpo.counterfactual=drop", trainer_class=PlainTrainer)
+    texts = [number for number, row in enumerate(step.rows) if row["uid"] == "prompt2"]
+    for number in texts:
+        ratio = step.rows[number]["advantages"] / plain.rows[number]["advantages"]
+        inside = ratio[13:16]  # <perception> is 12 tokens
+        assert torch.equal(inside, inside[:1].expand(3))
+
+
+def test_bypass_mode_never_contrasts_with_the_rollout_engine(run_step):
+    """Old log-probs are the rollout engine's then: a large offset in them must not reach the weights."""
+
+    def offset(key, row):
+        return {"rollout_log_probs": row["rollout_log_probs"] - 3.0}
+
+    bypass = ["algorithm.rollout_correction.bypass_mode=true"]
+    weighted, usual = run_step(*bypass, changes=offset), run_step()
+    for row, other in zip(weighted.rows, usual.rows, strict=True):
+        assert "srpo_original_log_probs" in row
+        torch.testing.assert_close(row["advantages"], other["advantages"], atol=1e-5, rtol=0)
+
+
+def test_rejection_leaves_mean_one_on_what_is_left(run_step):
+    """Rollout correction rejects the tokens on which trainer and rollout engine disagree."""
+
+    def disagree(key, row):
+        changed = row["rollout_log_probs"].clone()
+        changed[::3] -= 4.0
+        return {"rollout_log_probs": changed}
+
+    options = [
+        "algorithm.rollout_correction.rollout_rs=token_k1",
+        "algorithm.rollout_correction.rollout_rs_threshold='0.5_2.0'",
+        "algorithm.rollout_correction.rollout_is=token",
+    ]
+    step = run_step(*options, changes=disagree)
+    plain = run_step(*options, changes=disagree, trainer_class=PlainTrainer)
+    checked = 0
+    for row, before in zip(step.rows, plain.rows, strict=True):
+        left = row["response_mask"].bool()
+        assert torch.equal(left, before["response_mask"].bool())
+        assert "rollout_is_weights" in row
+        assert row["advantages"][~left].abs().sum() == 0
+        if row["uid"] != "pad" and before["advantages"][left].abs().sum() > 0:
+            assert left.sum() < len(left)
+            weights = row["advantages"][left] / before["advantages"][left]
+            torch.testing.assert_close(weights.mean(), torch.tensor(1.0), atol=1e-5, rtol=0)
+            checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimators_give_a_response_one_advantage(run_step, estimator):
+    option = f"algorithm.adv_estimator={estimator}"
+    step, plain = run_step(option, "+algorithm.srpo.strength=0"), run_step(option, trainer_class=PlainTrainer)
+    for row, before in zip(step.rows, plain.rows, strict=True):
+        kept = before["advantages"][row["response_mask"].bool()]
+        assert torch.equal(kept, kept[:1].expand(len(kept)))
+        assert torch.equal(row["advantages"], before["advantages"])
+
+
+def test_a_corruption_that_changes_nothing_ends_the_run(run_step):
+    def one_colour(key, row):
+        pixels = dict(row["multi_modal_inputs"])
+        if pixels:
+            pixels["pixel_values"] = torch.full_like(pixels["pixel_values"], 0.5)
+        return {"multi_modal_inputs": pixels}
+
+    with pytest.raises(RuntimeError, match=r"corruption='patch_shuffle' left all 15 images as they were.*_strength"):
+        run_step("+algorithm.srpo.corruption=patch_shuffle", changes=one_colour)
+
+
+# The loss: verl's own, on weighted advantages.
+
+
+def older(row):
+    """Log-probs of a policy that has moved since: ratios around 1, some beyond the clip."""
+    return row["old_log_probs"] - torch.linspace(-0.3, 0.3, len(row["old_log_probs"]))
+
+
+def train(parts, rows, advantages, mode, **options):
+    """verl's engine and loss over one mini-batch; the loss that verl reports and its gradient norm."""
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=N,
+        ppo_mini_batch_size=PROMPTS,
+        ppo_micro_batch_size_per_gpu=8,
+        use_torch_compile=False,
+        loss_agg_mode=mode,
+        **options,
+    )
+    parts.worker.set_loss_fn(functools.partial(ppo_loss, config=config))
+    fields = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "multi_modal_inputs")
+    data = nested_batch(
+        [
+            {name: row[name] for name in fields} | {"old_log_probs": older(row), "advantages": advantage}
+            for row, advantage in zip(rows, advantages, strict=True)
+        ]
+    )
+    tu.assign_non_tensor(
+        data,
+        temperature=1.0,
+        calculate_entropy=False,
+        compute_loss=True,
+        global_batch_size=len(rows),
+        mini_batch_size=len(rows),
+        epochs=1,
+        seed=1,
+        dataloader_kwargs={"shuffle": False},
+    )
+    metrics = tu.get(parts.worker.train_mini_batch(data), "metrics")
+    return float(torch.tensor(metrics["loss"]).sum()), float(torch.tensor(metrics["grad_norm"]).sum())
+
+
+_REDUCTIONS = {
+    "token-mean": {"reduction": "token_mean"},
+    "seq-mean-token-sum": {"reduction": "constant", "normalizer": float(PROMPTS * N)},
+    "seq-mean-token-mean": {"reduction": "sequence_mean", "normalizer": float(PROMPTS * N)},
+    "seq-mean-token-sum-norm": {"reduction": "constant", "normalizer": float(PROMPTS * N) * 256.0},
+}
+
+
+@pytest.mark.parametrize("mode", _REDUCTIONS)
+def test_verls_loss_on_weighted_advantages_is_srpos(parts, run_step, mode):
+    """Every aggregation of verl, against the core's own loss on the same log-probs."""
+    options = {"loss_scale_factor": 256} if mode.endswith("norm") else {}
+    step, plain = run_step("+algorithm.srpo.strength=3"), run_step(trainer_class=PlainTrainer)
+    mask = mask_of(step.rows)
+    old = padded([row["old_log_probs"] for row in step.rows])
+    losses = {}
+    for name, rows in (("srpo", step.rows), ("grpo", plain.rows)):
+        advantages = padded([row["advantages"] for row in rows])
+        expected, _ = grpo_loss(old, padded([older(row) for row in step.rows]), advantages, mask, **_REDUCTIONS[mode])
+        losses[name], norm = train(parts, step.rows, [row["advantages"] for row in rows], mode, **options)
+        assert losses[name] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+        assert norm > 0
+    assert losses["srpo"] != pytest.approx(losses["grpo"], abs=1e-6)
+
+
+def test_strength_zero_has_the_loss_and_gradient_of_grpo(parts, run_step):
+    step, plain = run_step("+algorithm.srpo.strength=0"), run_step(trainer_class=PlainTrainer)
+    ours = train(parts, step.rows, [row["advantages"] for row in step.rows], "token-mean")
+    verls = train(parts, step.rows, [row["advantages"] for row in plain.rows], "token-mean")
+    assert ours == verls
+
+
+@pytest.mark.parametrize("loss_mode", LOSS_MODES)
+def test_allowed_losses_weight_a_token_by_its_advantage(loss_mode):
+    """The gradient of each token times its weight: what makes weighting the advantage weighting the token."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import PolicyLossConfig
+
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=2,
+        ppo_mini_batch_size=2,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+    )
+    generator = torch.Generator().manual_seed(0)
+    old = -torch.rand(4, 9, generator=generator)
+    mask = torch.arange(9) < torch.tensor([[9], [5], [7], [3]])
+    advantages = torch.tensor([[1.0], [-1.0], [0.5], [-0.2]]) * mask
+    weights = torch.rand(4, 9, generator=generator) * 2 + 0.25
+    gradients = []
+    for credit in (advantages, advantages * weights):
+        log_probs = (old + 0.1 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        loss, _ = get_policy_loss_fn(loss_mode)(
+            old_log_prob=old,
+            log_prob=log_probs,
+            advantages=credit,
+            response_mask=mask,
+            loss_agg_mode="token-mean",
+            config=config,
+            rollout_is_weights=None,
+        )
+        loss.backward()
+        gradients.append(log_probs.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0] * weights, gradients[1], atol=1e-7, rtol=1e-5)
+
+
+# What goes wrong is said.
+
+
+def test_a_failing_worker_is_quoted_first(run_step, monkeypatch):
+    import ray
+
+    class Failing:
+        def compute_srpo_log_probs(self, meta):
+            raise ray.exceptions.RayTaskError("worker", "Traceback ...", ValueError("images are square here"))
+
+    monkeypatch.setattr("test_verl_engine.Workers", lambda *args: Failing(), raising=True)
+    with pytest.raises(
+        RuntimeError, match=r"^SRPO's passes failed in a worker: ValueError\('images are square here'\)"
+    ):
+        run_step("+algorithm.srpo.seed=9")
+
+
+def test_a_processor_without_normalisation_is_refused_before_the_first_rollout(parts):
+    images = parts.worker.model_config.processor.image_processor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "image_mean", None)
+        with pytest.raises(ValueError, match="no image_mean and image_std"):
+            srpo_worker(parts, SRPOConfig())
+
+
+def test_the_example_configuration_is_accepted():
+    config = verl_config("+algorithm.srpo.strength=0.5", "+algorithm.srpo.tags.perception=['<d>','</d>']")
+    options = adapter.check_config(OmegaConf.to_container(config, resolve=True))
+    assert (options.strength, options.tags.perception) == (0.5, ("<d>", "</d>"))
+
+
+with contextlib.suppress(AttributeError):  # the queue is never started here
+    verl.utils.transferqueue_utils.TQ_INITIALIZED = True
