@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_config(config)
     # Here, too, so that an unsupported version fails before any worker starts.
     hooks.install()
-    for module in hooks.SIGNATURES:
-        importlib.import_module(module)
+    importlib.import_module(hooks.TARGET)
     _hook_workers(dump_config(config))
     _check_before_start()
     _run_stock(rest)

@@ -26,7 +26,7 @@ from srpo_core import (
 )
 from srpo_openrlhf.options import load_config
 
-__all__ = ["Rollout", "Scores", "corrupt_inputs", "fold_weights", "patch_maker", "patch_trainer", "score_rollout"]
+__all__ = ["Rollout", "Scores", "corrupt_inputs", "fold_weights", "patch_maker", "score_rollout", "stack_rollout"]
 
 #: What the processor made of one row's images, by name; None for a row without.
 ImageInputs = Mapping[str, Any] | None
@@ -61,36 +61,29 @@ def patch_maker(module: ModuleType) -> None:
     @torch.no_grad()
     def make_experience(self: Any, samples_list: list[Any]) -> list[Any]:
         experiences = make(self, samples_list)
-        self._srpo_rollout = stack_rollout(experiences, self.args.rollout.n_samples_per_prompt)
-        self._srpo_scores = score_rollout(self, experiences, self._srpo_rollout, load_config())
-        _warn_if_unstructured(self._srpo_scores.segmentation, module.logger)
+        if not hasattr(self, "_srpo_step"):
+            self._srpo_step = _first_step(self, module.ray)
+        config, step = load_config(), self._srpo_step
+        rollout = stack_rollout(experiences, self.args.rollout.n_samples_per_prompt)
+        scores = score_rollout(self, experiences, rollout, config, step=step)
+        _warn_if_unstructured(scores.segmentation, module.logger)
+        self._srpo_pending = (rollout, scores, config, step)
         return experiences
 
     @functools.wraps(advantages)
     @torch.no_grad()
     def compute_advantages_and_returns(self: Any, experiences: list[Any]) -> list[Any]:
-        experiences = advantages(self, experiences)
-        # Taken, so that weights of one batch cannot reach the next.
-        rollout, scores = self.__dict__.pop("_srpo_rollout", None), self.__dict__.pop("_srpo_scores", None)
-        if rollout is None or scores is None:
+        # Taken, so that the weights of one batch cannot reach the next.
+        pending = self.__dict__.pop("_srpo_pending", None)
+        if pending is None:
             raise RuntimeError("srpo_openrlhf: advantages were asked for before make_experience made the batch")
-        fold_weights(experiences, rollout, scores, load_config(), step=_step(self))
+        experiences = advantages(self, experiences)
+        rollout, scores, config, step = pending
+        fold_weights(experiences, rollout, scores, config, step=step)
+        self._srpo_step += 1
         return experiences
 
     maker.make_experience, maker.compute_advantages_and_returns = make_experience, compute_advantages_and_returns
-
-
-def patch_trainer(module: ModuleType) -> None:
-    """Let ``BasePPOTrainer.train_step`` tell the maker its step, which survives a resume; sync and async share it."""
-    trainer = module.BasePPOTrainer
-    train = trainer.train_step
-
-    @functools.wraps(train)
-    def train_step(self: Any, rollout_samples: list[Any], global_step: int) -> Any:
-        self.experience_maker._srpo_step = global_step
-        return train(self, rollout_samples, global_step)
-
-    trainer.train_step = train_step
 
 
 def stack_rollout(experiences: Sequence[Any], samples_per_prompt: int) -> Rollout:
@@ -113,7 +106,7 @@ def stack_rollout(experiences: Sequence[Any], samples_per_prompt: int) -> Rollou
     )
 
 
-def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, config: SRPOConfig) -> Scores:
+def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, config: SRPOConfig, *, step: int) -> Scores:
     """Score the rollout twice more, in the micro-batches and by the code path that made ``action_log_probs``.
 
     Args:
@@ -121,6 +114,7 @@ def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, conf
         experiences: What its ``make_experience`` returned.
         rollout: The same, stacked.
         config: The options.
+        step: Rollout batches so far, for the draw of the corruption.
     """
     # In a vision-language run OpenRLHF passes the processor off as the tokenizer.
     tokenizer = getattr(maker.tokenizer, "tokenizer", maker.tokenizer)
@@ -135,7 +129,7 @@ def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, conf
     corrupted, is_corrupted, corrupted_images = None, None, rollout.images
     if any(rollout.images):
         corrupted_images = corrupt_inputs(
-            rollout.images, rollout.prompt_ids, maker.tokenizer.image_processor, config, step=_step(maker)
+            rollout.images, rollout.prompt_ids, maker.tokenizer.image_processor, config, step=step
         )
         is_corrupted = _is_changed(rollout.images, corrupted_images)
         corrupted = _log_probs(
@@ -184,7 +178,7 @@ def fold_weights(
         rollout: The same experiences, stacked.
         scores: From :func:`score_rollout`.
         config: The options.
-        step: Optimiser steps so far, for the mix's warm-up.
+        step: Rollout batches so far, for the mix's warm-up.
     """
     token_advantages = _stack([experience.advantages for experience in experiences], _index(experiences))
     first = rollout.mask.int().argmax(dim=1, keepdim=True)
@@ -233,7 +227,7 @@ def corrupt_inputs(
         prompt_ids: Of each row; with `step` and the seed the key of the draw.
         image_processor: Says where black and white are and how it lays patches out.
         config: The options.
-        step: Optimiser steps so far.
+        step: Rollout batches so far.
 
     Raises:
         ValueError: If there are videos, or the corruption changed no image of the batch.
@@ -330,8 +324,12 @@ def _is_changed(images: Sequence[ImageInputs], corrupted: Sequence[ImageInputs])
     return torch.tensor([bool(old) and not torch.equal(_pixels(old), _pixels(new)) for old, new in pairs])
 
 
-def _step(maker: Any) -> int:
-    return getattr(maker, "_srpo_step", 0)
+def _first_step(maker: Any, ray: Any) -> int:
+    """Rollout batches that a resumed run had behind it; the maker is not told."""
+    if not maker.args.ckpt.load_enable:
+        return 0
+    states = ray.get(maker.actor_model_group.async_run_method(method_name="get_checkpoint_states"))
+    return states[0].get("global_step", 0)
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def option_parser() -> argparse.ArgumentParser:
     defaults = SRPOConfig()
     hints = get_type_hints(SRPOConfig)
     for name, text in _HELP.items():
-        kind, _, is_tags = name.partition("_tags")
+        kind, is_tags, _ = name.partition("_tags")
         if is_tags:
             default = getattr(defaults.tags, kind)
             group.add_argument(

@@ -1,4 +1,4 @@
-"""Lets OpenRLHF's actors, which ask for CUDA, run on a CPU. Imported by the stand-ins for flash-attn and vLLM."""
+"""Lets OpenRLHF's actors, which ask for CUDA, run on a CPU. Called by the stand-in for vLLM, which they all import."""
 
 import os
 
@@ -25,6 +25,8 @@ def install():
         device_mesh.stock_init = device_mesh.init_device_mesh
         device_mesh.init_device_mesh = lambda _, *args, **kwargs: device_mesh.stock_init("cpu", *args, **kwargs)
 
+    # OpenRLHF's trainer shuffles the prompts without a seed: two runs could not be compared.
+    torch.manual_seed(0)
     # The real processor asks for a video processor, and that for torchvision, which does not load beside a CPU's torch.
     transformers.AutoProcessor.from_pretrained = TinyProcessor.from_pretrained
     # OpenRLHF packs only with an attention that has "flash_attention" in its name.

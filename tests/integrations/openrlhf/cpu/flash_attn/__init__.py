@@ -1,15 +1,12 @@
-"""Stand-in for flash-attn, which needs CUDA to install: OpenRLHF imports four functions that pack and unpack batches."""
+"""Stand-in for flash-attn, which needs CUDA to install: OpenRLHF imports functions that pack and unpack batches."""
 
 import sys
 from types import ModuleType
 
-import cpu_device
 import torch
 from einops import rearrange
 
 __version__ = "2.8.3"
-
-cpu_device.install()
 
 
 def unpad_input(values, mask):

@@ -44,7 +44,9 @@ class AsyncLLMEngine:
         self.unfinished = 0
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: self.unfinished)
         # OpenRLHF keeps deepspeed out of its rollout workers, and so must the hook.
-        print("ROLLOUT WORKER imported", [name for name in ("deepspeed", "srpo_core") if name in sys.modules], flush=True)
+        print(
+            "ROLLOUT WORKER imported", [name for name in ("deepspeed", "srpo_core") if name in sys.modules], flush=True
+        )
 
     async def is_sleeping(self):
         return False

@@ -1,0 +1,162 @@
+"""The command line and what is refused on it. Needs no OpenRLHF."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config, load_config, option_parser, parse_options
+from srpo_openrlhf.settings import check_arguments, check_config
+
+from srpo_core import RoleTags, SRPOConfig
+
+#: Fields of SRPOConfig that OpenRLHF has flags of its own for, and the one that only ema_rms reads.
+STOCK_FLAGS = {
+    "normalization",
+    "epsilon",
+    "surrogate",
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "max_ratio",
+    "temperature_positive",
+    "temperature_negative",
+    "kl_coef",
+    "kl_estimator",
+    "reduction",
+    "scale_decay",
+}
+
+
+def stock_args(**changes):
+    """Completed arguments of train_ppo_ray under which SRPO runs, with changes such as ds__packing_samples=True."""
+    values = {
+        "actor__policy_loss_type": "ppo",
+        "critic__model_name_or_path": None,
+        "algo__kl__init_coef": 0.0,
+        "algo__kl__use_loss": False,
+        "algo__advantage__estimator": "group_norm",
+        "algo__advantage__gamma": 1.0,
+        "ds__packing_samples": False,
+        "ds__ring_attn_size": 1,
+        "ds__tensor_parallel_size": 1,
+        "data__max_images_per_prompt": 1,
+        **changes,
+    }
+    args = SimpleNamespace()
+    for name, value in values.items():
+        *path, last = name.split("__")
+        node = args
+        for part in path:
+            if not hasattr(node, part):
+                setattr(node, part, SimpleNamespace())
+            node = getattr(node, part)
+        setattr(node, last, value)
+    return args
+
+
+def test_every_field_of_the_config_is_an_option_or_a_flag_of_openrlhf():
+    offered = {action.dest.removeprefix("srpo.") for action in option_parser()._actions}
+    tags = {"perception_tags", "reasoning_tags", "answer_tags"}
+    assert tags <= offered
+    assert (offered - tags) | {"tags"} | STOCK_FLAGS == {field.name for field in fields(SRPOConfig)}
+    assert not offered & STOCK_FLAGS
+
+
+def test_without_options_the_config_is_the_default():
+    assert parse_options([]) == (SRPOConfig(), [])
+
+
+def test_options_are_taken_out_and_the_rest_keeps_its_order():
+    argv = ["--reward.clip_range", "-10", "10", "--srpo.strength=0.5", "--ds.packing_samples"]
+    argv += ["--srpo.corruption", "black", "--srpo.mix_warmup_steps", "7", "--actor.adam.lr", "1e-6"]
+    config, rest = parse_options(argv)
+    assert config == SRPOConfig(strength=0.5, corruption="black", mix_warmup_steps=7)
+    assert rest == ["--reward.clip_range", "-10", "10", "--ds.packing_samples", "--actor.adam.lr", "1e-6"]
+
+
+def test_tags_are_options():
+    config, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
+    assert config.tags == RoleTags(perception=("<see>", "</see>"), answer=None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--srpo.strenght", "1"], "unknown option --srpo.strenght"),
+        (["--srpo.strength", "-1"], "strength"),
+        (["--srpo.corruption", "blurr"], "invalid choice: 'blurr'"),
+        (["--srpo.corruption", "black", "--srpo.corruption_strength", "0.5"], "has no meaning for kind='black'"),
+        (["--srpo.perception_tags", "<think>", "</see>"], "'<think>'"),
+        (["--srpo.answer_tags", "<answer>"], "answer must be two non-empty strings"),
+    ],
+)
+def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_options(argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_reach_the_workers(monkeypatch):
+    config = SRPOConfig(tags=RoleTags(answer=None), strength=0.25, corruption_strength=0.5)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
+    assert load_config() == config
+
+
+def test_a_worker_without_options_says_how_to_start(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    with pytest.raises(RuntimeError, match="start with python -m srpo_openrlhf"):
+        load_config()
+
+
+def test_good_settings_pass():
+    check_config(SRPOConfig())
+    check_arguments(stock_args())
+    check_arguments(stock_args(algo__kl__init_coef=0.01, algo__kl__use_loss=True))
+    check_arguments(stock_args(ds__packing_samples=True, data__max_images_per_prompt=0))
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"corruption": "none"}, "pass black or patch_mask"),
+        ({"counterfactual": "mask"}, "pass drop"),
+        ({"visual_score": "full_kl"}, "pass log_ratio"),
+        ({"consistency_score": "jsd"}, "pass log_ratio"),
+        ({"scale": "ema_rms"}, "pass batch_rms"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused(option, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_config(SRPOConfig(**option))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"actor__policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo: .*; pass ppo"),
+        ({"critic__model_name_or_path": "critic"}, "--algo.advantage.estimator gae: .* pass group_norm"),
+        ({"algo__kl__init_coef": 0.01}, "add --algo.kl.use_loss"),
+        ({"algo__advantage__estimator": "reinforce", "algo__advantage__gamma": 0.9}, "--algo.advantage.gamma"),
+        ({"ds__packing_samples": True}, "--ds.packing_samples with images: .* leave it out"),
+        ({"ds__ring_attn_size": 2}, "--ds.ring_attn_size"),
+        ({"ds__tensor_parallel_size": 2}, "--ds.tensor_parallel_size"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_arguments(stock_args(**change))
+
+
+def test_all_wrong_settings_are_named_at_once():
+    with pytest.raises(ValueError, match=r"gspo(.|\n)*ring_attn_size"):
+        check_arguments(stock_args(actor__policy_loss_type="gspo", ds__ring_attn_size=2))
+
+
+def test_help_shows_our_options_first():
+    command = [sys.executable, "-m", "srpo_openrlhf", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "--srpo.strength" in shown
+    assert "The rest is openrlhf.cli.train_ppo_ray's" in shown
