@@ -288,8 +288,15 @@ class Summary:
         joined.columns = {name: np.concatenate([columns[name] for columns in filled]) for name in filled[0]}
         return joined
 
-    def column(self, name: str) -> NDArray[Any]:
-        return self.columns[name]
+    @property
+    def weight_grid(self) -> NDArray[np.float64]:
+        """The weights that are counted; others to the nearest of these."""
+        return _WEIGHT_GRID
+
+    @property
+    def score_grid(self) -> NDArray[np.float64]:
+        """The scores that are counted, nats."""
+        return _SCORE_GRID
 
     @property
     def advantages(self) -> NDArray[np.float64]:
@@ -375,11 +382,12 @@ class Summary:
     def sample(self, size: int, *, per_kind: int = 8, seed: int = 0) -> NDArray[np.int64]:
         """Which responses to show: `per_kind` of each kind, drawn at random, then others at random up to `size`.
 
-        A kind is a reason to be broken, or one of the combinations of right and wrong answer and perception.
+        A kind is a reason to be broken, or one of the combinations of right and wrong answer and perception. The
+        order is that of preference: a shorter sample is the beginning of a longer one.
         """
         draw = np.random.default_rng(seed).permutation(len(self))
         if len(draw) <= size:
-            return np.sort(draw)
+            return draw
         kinds = np.stack([self.columns[name][draw] for name in ("broken", "right", "perception_right")])
         _, kind = np.unique(kinds, axis=1, return_inverse=True)
         order = np.argsort(kind, kind="stable")
@@ -387,7 +395,7 @@ class Summary:
         nth = np.empty(len(draw), np.int64)  # of its kind
         nth[order] = np.arange(len(draw)) - first[order]
         preferred = np.concatenate([draw[nth < per_kind], draw[nth >= per_kind]])
-        return np.sort(preferred[:size])
+        return preferred[:size]
 
 
 def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
