@@ -264,9 +264,9 @@ def segment_roles(
 
 
 def _last_is(found: Tensor, mask: Tensor) -> Tensor:
-    """Whether each row's last real token is among those found."""
+    """Whether each row's last real token is among those found, which are all real."""
     is_last = mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True)
-    return (mask & found & is_last).any(dim=1)
+    return (found & is_last).any(dim=1)
 
 
 def _is_any(token_ids: Tensor, values: int | Sequence[int]) -> Tensor:
@@ -346,8 +346,7 @@ def parse_response(text: str, tags: RoleTags = DEFAULT_TAGS, *, finished: bool =
         elif current is None and grammar.opening[found] == "answer" and any(b.kind == "answer" for b in blocks):
             return broken(BrokenReason.TWO_ANSWERS, match.start())
         else:
-            outer, current = current, grammar.opening[found]
-            start, depth = match.end(), 0
+            outer, current, start = current, grammar.opening[found], match.end()
     if outer is not None:
         return broken(BrokenReason.NESTED, current_tag())
     if current is not None and finished:
@@ -564,7 +563,8 @@ def _prefix_spans(
             agreed -= 1
         # What does not agree yet is a character this token leaves unfinished: it holds a part of it all the same.
         unfinished = agreed < len(prefix)
-        starts.append(settled)
-        settled = max(settled, agreed)
-        ends.append(max(ends[-1] if ends else 0, min(settled + unfinished, len(text))))
+        # A token that adds nothing (one more byte of no character) belongs to the character before it.
+        before, settled = settled, max(settled, agreed)
+        starts.append(min(before, max(settled + unfinished - 1, 0)))
+        ends.append(settled + unfinished)
     return text, starts, ends

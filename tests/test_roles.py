@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from tiny_tokenizers import EOS, PADDING, byte_bpe, token_bytes, unigram, with_tags
 
 from srpo_core import BrokenReason, Role, RoleTagIds, RoleTags, segment_responses, segment_roles
-from srpo_core.roles import parse_response
+from srpo_core.roles import _token_spans, parse_response
 
 TAGS = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("<a>", "</a>"))
 BOXED = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("\\boxed{", "}"))
@@ -476,6 +476,78 @@ def test_decoders_that_look_at_neighbours_take_the_exact_path():
     # The removed space before a full stop is a token without characters, inside the block that the full stop is in.
     expected = "".join({Role.OTHER: ".", Role.PERCEPTION: "p", Role.REASONING: "r"}[Role(role)] for role in roles)
     assert expected == "....ppp........rrrr....."
+
+
+@pytest.mark.parametrize("tokenizer", [byte_bpe(), unigram()], ids=["byte-level BPE", "Unigram"])
+@given(data=st.data())
+def test_spans_are_in_order_and_leave_no_character_out(tokenizer, data):
+    """Whatever the tokens, bytes of no character included: looking tokens up by bisection relies on it."""
+    spelled = {token_bytes(tokenizer, token): token for token in range(256 + 1)}
+    byte_tokens = [spelled[byte] for byte in (b"\xc3", b"\xa9", b"\xf0", b"\xff")]
+    tokens = st.sampled_from([*byte_tokens, *tokenizer.encode("the cat", add_special_tokens=False).ids])
+    ids = data.draw(st.lists(tokens, max_size=8))
+    text, starts, ends = _token_spans(ids, tokenizer.decode, {})
+    assert text == tokenizer.decode(ids)
+    assert starts == sorted(starts)
+    assert ends == sorted(ends)
+    assert {at for start, end in zip(starts, ends, strict=True) for at in range(start, end)} == set(range(len(text)))
+
+
+def test_bytes_of_no_character_keep_the_role_of_where_they_are():
+    """Policies do emit them; decoders write one replacement character for several."""
+    tokenizer = byte_bpe()
+    pieces = [tokenizer.encode(tag).ids for tag in ("<perception>", "</perception><think>", "</think>")]
+    broken = [
+        next(token for token in range(300) if token_bytes(tokenizer, token) == byte) for byte in (b"\xf0", b"\x9f")
+    ]
+    ids = torch.tensor([[*pieces[0], *broken, *pieces[1], *broken, *pieces[2]]])
+    result = segment_responses(ids, ids >= 0, tokenizer, eos_token_id=())
+    assert [role for role in result.roles[0].tolist() if role] == [Role.PERCEPTION] * 2 + [Role.REASONING] * 2
+    assert result.roles[0, len(pieces[0])] == Role.PERCEPTION
+
+
+def test_a_token_with_two_contents_has_the_role_of_the_first():
+    class Words:
+        def decode(self, ids):
+            return "".join(["<p>", "1</p><t>2", "</t>"][token] for token in ids)
+
+    result = segment_responses(torch.tensor([[0, 1, 2]]), torch.ones(1, 3).bool(), Words(), tags=TAGS, eos_token_id=())
+    assert result.roles.tolist() == [[Role.OTHER, Role.PERCEPTION, Role.OTHER]]
+    assert result.boundary.all()
+
+
+def test_the_text_is_not_cleaned_up():
+    class Tidy:
+        eos_token_id = EOS_ID
+
+        def decode(self, ids, clean_up_tokenization_spaces=True):
+            text = Characters().decode(ids)
+            return text.replace(" ", "") if clean_up_tokenization_spaces else text
+
+    ids = torch.tensor([[ord(character) for character in "<p>1< /p>2</p>"]])  # the policy closed its block only once
+    result = segment_responses(ids, ids >= 0, Tidy(), tags=TAGS)
+    assert result.broken.tolist() == [BrokenReason.NONE]
+
+
+@pytest.mark.parametrize("make", [byte_bpe, unigram])
+def test_each_distinct_token_is_decoded_once_and_not_each_prefix(make):
+    class Counting:
+        """Strips the first space of a text, as SentencePiece does, also where the tokenizer does not."""
+
+        calls = 0
+
+        def decode(self, ids):
+            self.calls += 1
+            text = make().decode(ids, skip_special_tokens=False)
+            return text if make is unigram else text.removeprefix(" ")
+
+    tokenizer = Counting()
+    text = "<perception>" + "the cat 🧭 sees 猫" * 40 + "</perception>"
+    ids = torch.tensor([make().encode(text).ids] * 2)
+    segment_responses(ids, ids >= 0, tokenizer, eos_token_id=())
+    # Two calls a distinct token, a handful for each of two split characters, two for each response.
+    assert tokenizer.calls <= 2 * ids.unique().numel() + 2 * 8 + 2 * 2
+    assert tokenizer.calls < ids.shape[1] / 2
 
 
 def test_transformers_tokenizers_fast_and_slow():
