@@ -86,9 +86,7 @@ class SRPOConfig(GRPOConfig):
 
     # From log-probabilities to weights
     srpo_visual_score: ContrastKind = field(default="log_ratio", metadata=_help("Score of perception tokens."))
-    srpo_consistency_score: ContrastKind = field(
-        default="log_ratio", metadata=_help("Score of reasoning tokens.")
-    )
+    srpo_consistency_score: ContrastKind = field(default="log_ratio", metadata=_help("Score of reasoning tokens."))
     srpo_score_clip: float = field(default=_CORE.score_clip, metadata=_help("Bound of both scores, nats."))
     srpo_baseline: Baseline = field(
         default=_CORE.baseline, metadata=_help("What is subtracted from the scores of a trajectory.")

@@ -83,7 +83,7 @@ class SRPOMixin(_Base):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        _refuse_mixed_rows(inputs)
+        self._srpo_refuse_mixed_rows(inputs)
         batch = super()._generate_and_score_completions(inputs)
         start = time.perf_counter()
         rollouts = self._srpo_rollouts(batch)
@@ -92,8 +92,9 @@ class SRPOMixin(_Base):
         credit, metrics = self._srpo_credit(batch, rollouts)
         self._srpo_log(rollouts, credit, metrics, start)
         self._srpo_is_first = False
-        # A new dict: the batch's own tensors may be shared.
-        return batch | {"advantages": credit.advantages[rollouts.own, : batch["completion_ids"].shape[1]]}
+        # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
+        advantages = torch.where(rollouts.mask, credit.advantages, rollouts.advantages[:, None])
+        return batch | {"advantages": advantages[rollouts.own, : batch["completion_ids"].shape[1]]}
 
     def _srpo_rollouts(self, batch: dict[str, Any]) -> "_Rollouts":
         """The generation batch of all ranks: weights, donors and metrics then do not depend on how it was split."""
@@ -155,19 +156,16 @@ class SRPOMixin(_Base):
         log_probs = self._srpo_gather(log_probs)
 
         corrupted, corrupted_log_probs = context, None
-        has_images = torch.tensor(["pixel_values" in context.vision], device=token_ids.device)
-        if self._srpo_gather(has_images).any():
-            if has_images:
-                corrupted = corrupted_context(
-                    context,
-                    options,
-                    processor=self.processing_class,
-                    model_config=self.model.config,
-                    group_ids=rollouts.group_ids[own],
-                    step=self.state.global_step,
-                    is_first=self._srpo_is_first,
-                )
-            # A rank of text rows alone keeps step with the others: sharded models gather weights in every forward.
+        if "pixel_values" in context.vision:
+            corrupted = corrupted_context(
+                context,
+                options,
+                processor=self.processing_class,
+                model_config=self.model.config,
+                group_ids=rollouts.group_ids[own],
+                step=self.state.global_step,
+                is_first=self._srpo_is_first,
+            )
             corrupted_log_probs = self._srpo_gather(self._srpo_log_probs(corrupted, token_ids, mask))
 
         counterfactual_log_probs = self._srpo_log_probs(
@@ -210,6 +208,18 @@ class SRPOMixin(_Base):
             return self._get_per_token_logps_and_entropies(
                 self.model, token_ids, mask, response_ids.shape[1], batch_size=batch_size, **vision
             )[0]
+
+    def _srpo_refuse_mixed_rows(self, inputs: list[dict[str, Any]]) -> None:
+        images = [row.get("images", row.get("image")) for row in inputs]
+        has_image = [bool(image) if isinstance(image, list) else image is not None for image in images]
+        # Of all ranks: one without images would wait for the others for ever.
+        everywhere = self.accelerator.gather(torch.tensor(has_image, device=self.accelerator.device).long())
+        if 0 < everywhere.sum() < len(everywhere):
+            raise ValueError(
+                f"rows {(everywhere == 0).nonzero().flatten().tolist()} of a generation batch have no image while "
+                "others have one, which TRL cannot process together: train on them separately, or give the text rows "
+                "a blank image"
+            )
 
     def _srpo_check_format(self, batch: dict[str, Any], rollouts: "_Rollouts") -> None:
         """Refuse a prompt under which no response can have roles. Only the first batch is looked at."""
@@ -304,17 +314,6 @@ def check_upstream(trainer_class: type) -> None:
                 f"trl {installed} has no {trainer_class.__name__}.{hook}, which SRPO builds on: install an older trl, "
                 "and tell the maintainers of srpo_core"
             )
-
-
-def _refuse_mixed_rows(inputs: list[dict[str, Any]]) -> None:
-    images = [row.get("images", row.get("image")) for row in inputs]
-    has_image = [bool(image) if isinstance(image, list) else image is not None for image in images]
-    if any(has_image) and not all(has_image):
-        raise ValueError(
-            f"rows {[row for row, has in enumerate(has_image) if not has]} of a generation batch have no image while "
-            "others have one, which TRL cannot process together: train on them separately, or give the text rows a "
-            "blank image"
-        )
 
 
 @contextmanager

@@ -1,15 +1,15 @@
-"""Scores of both contexts, in seven families, against responses rebuilt by hand and scored one by one without padding."""
+"""Scores of both contexts, in seven families, against responses rebuilt by hand and scored alone, without padding."""
 
 import dataclasses
 
 import pytest
 import reference
 import torch
+from srpo_trl.trainer import MASK_IS_REMOVAL
 from tiny_vlm import FAMILIES, make_image
 from training import Rollouts, make_dataset, make_trainer, rollout_batch
 
 from srpo_core import Role, corrupt_pixel_values
-from srpo_trl.trainer import MASK_IS_REMOVAL
 
 CORRUPTIONS = ["patch_mask", "black", "gray", "noise", "blur", "pixelate", "patch_shuffle", "other_image", "none"]
 TYPES = ("token_type_ids", "mm_token_type_ids")

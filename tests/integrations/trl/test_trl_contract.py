@@ -4,11 +4,10 @@ import inspect
 
 import pytest
 import torch
-from training import make_trainer, rollout_batch
-from trl import GRPOTrainer
-
 from srpo_trl.contexts import VISION_KEYS
 from srpo_trl.trainer import check_upstream
+from training import make_trainer, rollout_batch
+from trl import GRPOTrainer
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from srpo_trl import SRPOTrainer
 from training import make_trainer, train
 from trl import GRPOTrainer
-
-from srpo_trl import SRPOTrainer
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from srpo_trl import SRPOConfig, SRPOTrainer
 from tiny_vlm import make_image, make_model
 from trl import GRPOConfig, GRPOTrainer
-
-from srpo_trl import SRPOConfig, SRPOTrainer
 
 QUESTIONS = ["count?", "count it?", "count it it?", "what is it?"]
 
@@ -31,7 +30,7 @@ def reward_vowels(completions: list[Any], **_: Any) -> list[float]:
 
 
 class Rollouts:
-    """TRL's public `rollout_func`: completions from a generator keyed on the call, one in four cut off after 30 tokens."""
+    """TRL's public `rollout_func`: completions from a generator keyed on the call, one in four cut off at its end."""
 
     def __init__(self, seed: int = 0, calls: int = 0, log_prob: float = 0.0):
         self.seed, self.calls, self.log_prob = seed, calls, log_prob
@@ -56,9 +55,7 @@ class Rollouts:
 
         completions = []
         for row in range(rows):
-            text = (
-                f"<perception>x{words(3, 9)}</perception><think>{words(3, 9)}</think><answer>{words(1, 1)}</answer>"
-            )
+            text = f"<perception>x{words(3, 9)}</perception><think>{words(3, 9)}</think><answer>{words(1, 1)}</answer>"
             ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
             completions.append(ids[: len(ids) - 3] if row % 4 == 3 else ids)
         return completions

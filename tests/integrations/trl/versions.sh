@@ -15,11 +15,11 @@ rows=()
 failures=0
 for version in "${versions[@]}"; do
   environment=.venv-trl-$version
-  log=$environment.log
+  log=$environment/tests.log
   echo "== TRL $version"
   if [ ! -f "$environment/ready" ]; then
     python3 -m venv "$environment" &&
-      "$environment/bin/pip" install -q -c constraints.txt "trl==$version" peft pytest hypothesis rich hatchling editables &&
+      "$environment/bin/pip" install -q -c constraints.txt "trl==$version" peft pillow requests pytest hypothesis rich hatchling editables &&
       "$environment/bin/pip" install -q --no-build-isolation -c constraints.txt -e ".[trl]" &&
       touch "$environment/ready"
   fi 2>&1 | grep -v "^WARNING"
