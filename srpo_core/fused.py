@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core._masked import at_least_float32
+from srpo_core._masked import at_least_float32, masked_max, masked_mean
 from srpo_core.losses import KLEstimator, LossOutput, Reduction, Surrogate, aggregate, grpo_loss, token_losses
 from srpo_core.typechecking import choose, typechecked
 
@@ -179,6 +179,7 @@ def fused_linear_grpo_loss(
     active: Active = "real",
     active_tokens: int | None = None,
     chunk_tokens: int | None = None,
+    vocab_columns: int | None = None,
     vocab_offset: int = 0,
     vocab_reduce: VocabReduce | None = None,
 ) -> LossOutput:
@@ -228,11 +229,16 @@ def fused_linear_grpo_loss(
             `kl_coef` 0 and a surrogate that treats each token by itself.
         active_tokens: See :func:`fused_linear_log_probs`; of the tokens that `active` names.
         chunk_tokens: See :func:`fused_linear_log_probs`.
+        vocab_columns: Approximate the gradients: the two products keep this many tokens of the vocabulary, at least
+            those of one gradient product, and take the others together, as one of rank one. The loss stays exact.
+            About 1.6 times faster at a quarter of the vocabulary, and closer than bfloat16 rounding where the model is
+            sure; with flat logits it is far off, so watch ``vocab/dropped``. None: exact.
         vocab_offset: See there.
         vocab_reduce: See there.
 
     Returns:
-        As :func:`~srpo_core.grpo_loss`.
+        As :func:`~srpo_core.grpo_loss`; with `vocab_columns` also ``vocab/dropped/mean`` and ``vocab/dropped/max``, the
+        probability of the tokens taken together.
 
     Raises:
         ValueError: As :func:`~srpo_core.grpo_loss` and :func:`fused_linear_log_probs`, and if `active` does not fit.
@@ -250,7 +256,9 @@ def fused_linear_grpo_loss(
                 [ 0.0596,  0.7500]])
     """
     hidden, lm_head, bias = _full_precision_of_float16(hidden, lm_head, bias)
-    head = _head(hidden, lm_head, temperature, logit_softcap, chunk_tokens, vocab_offset, vocab_reduce)
+    head = _head(
+        hidden, lm_head, temperature, logit_softcap, chunk_tokens, vocab_offset, vocab_reduce, columns=vocab_columns
+    )
     token_options: dict[str, Any] = {
         "surrogate": surrogate,
         "clip_low": clip_low,
@@ -320,6 +328,10 @@ def fused_linear_grpo_loss(
     )
     with torch.no_grad():
         loss, metrics = loss_of(tokens.to_batch(swept.log_probs, computed, unchanged))
+        if swept.dropped is not None:
+            dropped = tokens.to_batch(swept.dropped, computed, 0.0)
+            metrics["vocab/dropped/mean"] = masked_mean(dropped, computed)
+            metrics["vocab/dropped/max"] = masked_max(dropped, computed, empty=0.0)
     loss = _WithGradients.apply(loss, hidden.flatten(0, 1), lm_head, bias, *swept.gradients)
     return LossOutput(loss, metrics)
 
@@ -333,6 +345,7 @@ class _Head(NamedTuple):
     vocab_reduce: VocabReduce | None
     chunk: int  # tokens whose logits share a buffer, in `dtype`
     span: int  # tokens of one gradient product
+    columns: int | None  # tokens of the vocabulary that a gradient product keeps
     dtype: torch.dtype  # at least float32
 
 
@@ -388,10 +401,13 @@ class _Gradients(NamedTuple):
 class _Sweep(NamedTuple):
     log_probs: Tensor
     entropy: Tensor | None
+    dropped: Tensor | None  # probability that the gradients took as one, with `columns`
     gradients: _Gradients
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def _sweep(
     hidden: Tensor,
     weight: Tensor,
@@ -416,6 +432,7 @@ def _sweep(
     slopes = torch.empty_like(logits) if derivatives and head.softcap else None
     log_probs, scales = (weight.new_empty(count, dtype=head.dtype) for _ in range(2))
     entropies = torch.empty_like(log_probs) if entropy else None
+    dropped = torch.empty_like(log_probs) if derivatives and head.columns else None
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
     grad_bias = weight.new_zeros(vocab, dtype=head.dtype) if needs[2] else None
     grad_weight = None
@@ -436,17 +453,28 @@ def _sweep(
         if derivatives is None:
             continue
         factor = derivatives(span, log_probs[span]) * scales[span] / -head.temperature
-        if grad_hidden is not None:
-            grad_hidden.index_add_(0, tokens.places[span], (delta @ weight).mul_(factor[:, None]))
+        inputs = (inputs * factor[:, None]).to(weight.dtype)
         if grad_bias is not None:
             grad_bias += factor.to(delta.dtype) @ delta
-        if needs[1]:
-            inputs = (inputs * factor[:, None]).to(weight.dtype)
-            if len(spans) == 1 or (grad_weight is None and deltas is None):
-                grad_weight = delta.t() @ inputs
-            else:
+        if dropped is not None and head.columns is not None:
+            kept, rest, spread = _compact(delta, factor, tokens.take(token_ids, span), head.columns)
+            dropped[span] = rest * scales[span]
+            delta, rest, spread = delta.index_select(1, kept), rest.to(weight.dtype), spread.to(weight.dtype)
+            if grad_hidden is not None:
+                product = torch.addr(delta @ weight[kept], rest, spread @ weight)
+                grad_hidden.index_add_(0, tokens.places[span], product.mul_(factor[:, None]))
+            if needs[1]:
                 grad_weight = torch.zeros_like(weight, dtype=head.dtype) if grad_weight is None else grad_weight
-                _add_product(grad_weight, delta.t(), inputs)
+                grad_weight.index_add_(0, kept, (delta.t() @ inputs).to(head.dtype))
+                grad_weight.addr_(spread.to(head.dtype), (rest @ inputs).to(head.dtype))
+            continue
+        if grad_hidden is not None:
+            grad_hidden.index_add_(0, tokens.places[span], (delta @ weight).mul_(factor[:, None]))
+        if needs[1] and (len(spans) == 1 or (grad_weight is None and deltas is None)):
+            grad_weight = delta.t() @ inputs
+        elif needs[1]:
+            grad_weight = torch.zeros_like(weight, dtype=head.dtype) if grad_weight is None else grad_weight
+            _add_product(grad_weight, delta.t(), inputs)
 
     if grad_hidden is not None and head.vocab_reduce is not None:
         grad_hidden = head.vocab_reduce(grad_hidden, "sum")
@@ -454,7 +482,20 @@ def _sweep(
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
     if grad_bias is not None:
         grad_bias = grad_bias.to(weight.dtype)
-    return _Sweep(log_probs, entropies, _Gradients(grad_hidden, grad_weight, grad_bias))
+    return _Sweep(log_probs, entropies, dropped, _Gradients(grad_hidden, grad_weight, grad_bias))
+
+
+def _compact(delta: Tensor, factor: Tensor, token_ids: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of the vocabulary worth a product; each row's sum over the others, and how that spreads over them.
+
+    The columns left out become one product of rank one, which keeps the sum of every row and nearly that of every
+    column. Sampled tokens, whose own derivative is the greatest of their row, always stay.
+    """
+    mass = (factor.abs().to(delta.dtype) @ delta).to(factor.dtype)
+    kept = mass.index_fill(0, token_ids, torch.inf).topk(columns, sorted=False).indices
+    left = mass.index_fill(0, kept, 0.0)
+    rest = delta.sum(1, dtype=factor.dtype) - delta.index_select(1, kept).sum(1, dtype=factor.dtype)
+    return kept, rest, left / left.sum().clamp(min=torch.finfo(left.dtype).tiny)
 
 
 def _write_logits(
@@ -679,8 +720,9 @@ def _head(
     temperature: float,
     softcap: float | None,
     chunk: int | None,
-    vocab_offset: int,
-    vocab_reduce: VocabReduce | None,
+    vocab_offset: int = 0,
+    vocab_reduce: VocabReduce | None = None,
+    columns: int | None = None,
 ) -> _Head:
     if hidden.dtype != lm_head.dtype:
         raise ValueError(
@@ -696,6 +738,14 @@ def _head(
         raise ValueError(f"vocab_offset is {vocab_offset} without a vocab_reduce; a shard of the vocabulary needs both")
     chunk = chunk or (256 if hidden.device.type == "cpu" else 1024)
     dtype = at_least_float32(lm_head.dtype)
-    return _Head(
-        temperature, softcap, vocab_offset, vocab_reduce, chunk, chunk if lm_head.dtype == dtype else 4 * chunk, dtype
-    )
+    span = chunk if lm_head.dtype == dtype else 4 * chunk
+    if columns is not None:
+        least = min(span, hidden.shape[0] * hidden.shape[1])
+        if not least <= columns <= len(lm_head):
+            raise ValueError(
+                f"vocab_columns must be in [{least}, {len(lm_head)}], from the tokens of one gradient product to the "
+                f"vocabulary, got {columns}"
+            )
+        if vocab_reduce is not None:
+            raise ValueError("vocab_columns needs the whole vocabulary; pass it without vocab_reduce")
+    return _Head(temperature, softcap, vocab_offset, vocab_reduce, chunk, span, columns, dtype)
