@@ -25,7 +25,7 @@ _VERLS_OWN = {
     "kl_estimator": "actor_rollout_ref.actor.kl_loss_type",
     "reduction": "actor_rollout_ref.actor.loss_agg_mode",
 }
-_OPTIONS = tuple(field.name for field in fields(SRPOConfig) if field.name not in _VERLS_OWN)
+_OPTIONS = tuple(field.name for field in fields(SRPOConfig) if field.name not in (*_VERLS_OWN, "scale_decay"))
 
 _NEEDS_LOGITS = "compares full distributions, and verl's workers return the log-probs of sampled tokens only"
 #: Values of SRPOConfig that the core knows but this adapter cannot honour, and why.
@@ -127,6 +127,10 @@ def srpo_config(options: Mapping[str, Any]) -> SRPOConfig:
             place = _VERLS_OWN[name]
             remedy = f"set {place} instead" if place else "verl fixes it, leave it out"
             raise ValueError(f"algorithm.srpo.{name} is verl's own: {remedy}")
+        if name == "scale_decay":
+            raise ValueError(
+                f"algorithm.srpo.scale_decay belongs to scale='ema_rms': {_UNSUPPORTED['scale', 'ema_rms']}"
+            )
         if name not in _OPTIONS:
             close = difflib.get_close_matches(name, _OPTIONS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ";"

@@ -48,7 +48,7 @@ def _check_command_line(configuration: ModuleType) -> None:
         check_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         return validate_config(config, *args, **kwargs)
 
-    configuration.validate_config = validate_srpo_too
+    vars(configuration)["validate_config"] = validate_srpo_too
 
 
 _WHEN_IMPORTED: dict[str, Callable[[ModuleType], None]] = {

@@ -2,7 +2,7 @@
 
 import logging
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import torch
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -44,7 +44,11 @@ class Rollouts(NamedTuple):
     changed: CounterfactualResponses
 
 
-class SRPOMixin:
+# The mixin reads what a trainer has.
+_Trainer = PPOTrainer if TYPE_CHECKING else object
+
+
+class SRPOMixin(_Trainer):
     """Give to a trainer of ``verl.trainer.ppo.v1``: two more passes a batch, then GRPO's advantages, weighted."""
 
     base_mode = "sync"

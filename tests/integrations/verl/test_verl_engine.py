@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import os
+import pathlib
 import types
 
 import pytest
@@ -37,10 +38,12 @@ from verl.workers.config import (
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl_harness import rollouts, tiny_vlm
+from verl_harness.alone import changed_alone, padded, score_alone
 
-from srpo_core import SRPOConfig, counterfactual_responses, grpo_loss, segment_responses, srpo_advantages
+from srpo_core import SRPOConfig, grpo_loss, srpo_advantages
 
 PROMPTS, N = 4, 4
+EXAMPLES = pathlib.Path(__file__).parents[3] / "docs" / "examples"
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.dirname(trainer_base.__file__)), "..", "config")
 
 
@@ -242,39 +245,11 @@ PlainTrainer = trainer_base.get_trainer_cls("sync")
 
 
 def one_by_one(parts, row, response=None, pixels=None):
-    """The row scored alone by the model of transformers, its positions computed from its ids."""
-    response = row["responses"] if response is None else response
-    pixels = row["multi_modal_inputs"] if pixels is None else pixels
-    ids = torch.cat([row["prompts"], response])
-    positions = rollouts.position_ids(ids, pixels, parts.processor)
-    if row["uid"] == "pad":  # verl counts it as text
-        positions = torch.arange(len(ids)).repeat(4, 1)
-    return rollouts.log_probs(parts.model, ids, positions, pixels, len(response))
-
-
-def padded(values, fill=0):
-    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+    return score_alone(parts.model, parts.processor, row, response=response, pixels=pixels)
 
 
 def mask_of(rows):
     return padded([row["response_mask"] for row in rows]).bool()
-
-
-def changed_by_hand(parts, rows, config):
-    """Segmentation and changed responses from the core alone."""
-    ids, mask = padded([row["responses"] for row in rows], parts.tokenizer.pad_token_id), mask_of(rows)
-    segmentation = segment_responses(ids, mask, parts.tokenizer, eos_token_id=parts.tokenizer.eos_token_id)
-    uids = [row["uid"] for row in rows]
-    changed = counterfactual_responses(
-        ids,
-        segmentation.roles,
-        mask,
-        kind=config.counterfactual,
-        group_ids=torch.tensor([uids.index(uid) for uid in uids]),
-        boundary=segmentation.boundary,
-        pad_token_id=parts.tokenizer.pad_token_id,
-    )
-    return segmentation, changed
 
 
 # What the workers compute.
@@ -283,18 +258,15 @@ def changed_by_hand(parts, rows, config):
 @pytest.mark.parametrize("kind", ["swap", "drop"])
 def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
     step = run_step(f"+algorithm.srpo.counterfactual={kind}")
-    _, changed = changed_by_hand(parts, step.rows, SRPOConfig(counterfactual=kind))
+    _, changed = changed_alone(step.rows, parts.tokenizer, SRPOConfig(counterfactual=kind))
     moved = 0
     for number, row in enumerate(step.rows):
         response = changed.token_ids[number][changed.attention_mask[number]]
-        response = row["responses"] if row["uid"] == "pad" else response
-        assert len(row["srpo_counterfactual_log_probs"]) == len(row["srpo_responses"])
-        if row["uid"] == "pad":
-            continue
+        assert torch.equal(response, row["srpo_responses"])
         alone = one_by_one(parts, row, response)
         torch.testing.assert_close(row["srpo_counterfactual_log_probs"], alone, atol=1e-5, rtol=0)
-        moved += not torch.equal(response, row["responses"])
-    assert moved == 13  # all but the broken ones and the padding
+        moved += row["uid"] != "pad" and not torch.equal(response, row["responses"])
+    assert moved == 13  # all but the two broken ones
 
 
 def test_corrupted_rows_score_as_they_do_alone(parts, run_step):
@@ -324,7 +296,7 @@ def test_a_counterfactual_may_be_read_with_the_corrupted_image(run_step):
 def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
     step, plain = run_step("+algorithm.srpo.strength=1.5"), run_step(trainer_class=PlainTrainer)
     config, mask = SRPOConfig(strength=1.5), mask_of(step.rows)
-    segmentation, changed = changed_by_hand(parts, step.rows, config)
+    segmentation, changed = changed_alone(step.rows, parts.tokenizer, config)
     old = padded([row["old_log_probs"] for row in step.rows])
     corrupted = padded([row["srpo_corrupted_log_probs"] for row in step.rows])
     counterfactual = padded([row["srpo_counterfactual_log_probs"] for row in step.rows])
@@ -597,10 +569,19 @@ def test_a_processor_without_normalisation_is_refused_before_the_first_rollout(p
             srpo_worker(parts, SRPOConfig())
 
 
-def test_the_example_configuration_is_accepted():
-    config = verl_config("+algorithm.srpo.strength=0.5", "+algorithm.srpo.tags.perception=['<d>','</d>']")
+def test_the_example_configuration_is_accepted_by_verl_and_by_us(monkeypatch):
+    import verl.utils.config
+
+    monkeypatch.setattr("sys.argv", ["main_ppo"])
+    with initialize_config_dir(config_dir=str(EXAMPLES), version_base=None):
+        config = compose(config_name="verl_qwen2_5_vl_7b", overrides=["algorithm.srpo.strength=0.5"])
+    verl.utils.config.validate_config(config=config, use_reference_policy=True, use_critic=False)
     options = adapter.check_config(OmegaConf.to_container(config, resolve=True))
-    assert (options.strength, options.tags.perception) == (0.5, ("<d>", "</d>"))
+    assert options == SRPOConfig(strength=0.5)
+    with open_dict(config):
+        config.algorithm.srpo.strenght = 1.0
+    with pytest.raises(ValueError, match="did you mean 'strength'"):
+        verl.utils.config.validate_config(config=config, use_reference_policy=True, use_critic=False)
 
 
 with contextlib.suppress(AttributeError):  # the queue is never started here

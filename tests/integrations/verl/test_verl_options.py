@@ -90,6 +90,7 @@ def test_settings_that_exclude_srpo_are_refused_by_name(changes, words):
         ({"corruption": "none"}, ["gray"]),
         ({"corruption": "other_image"}, ["number of workers"]),
         ({"scale": "ema_rms"}, ["batch_rms"]),
+        ({"scale_decay": 0.9}, ["ema_rms", "batch_rms"]),
         ({"visual_score": "full_kl"}, ["visual_score='full_kl'", "log_ratio"]),
         ({"consistency_score": "jsd"}, ["consistency_score='jsd'"]),
         ({"strength": -1.0}, ["strength must be in", "-1.0"]),

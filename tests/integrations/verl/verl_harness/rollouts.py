@@ -89,4 +89,4 @@ def log_probs(
 ) -> torch.Tensor:
     """Of the last ``length`` tokens of one unpadded sequence."""
     logits = model(input_ids=ids[None], position_ids=positions[:, None], **pixels).logits[0, -length - 1 : -1].float()
-    return logits.log_softmax(-1).gather(-1, ids[-length:, None])[:, 0]
+    return logits.log_softmax(-1).gather(-1, ids[len(ids) - length :, None])[:, 0]

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SRPO in verl on a CPU, from nothing: an environment of its own, the tests inside one process, then verl's real command
+# line with Ray: one and two workers, SRPO, strength 0, GRPO, and two runs that must fail. 15 to 30 minutes on two cores.
+#   bash tests/integrations/verl/run.sh [WORK]      WORK keeps logs and records; default: a temporary folder
+#   bash tests/integrations/verl/run.sh --tests     the environment and the tests inside one process only
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../../.." && pwd)
+venv=$root/.venv-verl
+export PYTHON=$venv/bin/python OMP_NUM_THREADS=1
+
+if ! "$PYTHON" -c 'import verl, srpo_verl, pytest' 2>/dev/null; then
+  "${BASE_PYTHON:-python3.11}" -m venv "$venv"
+  # verl[cpu] would pin another torch.
+  "$PYTHON" -m pip install --quiet --constraint "$root/constraints.txt" \
+    'verl>=0.9.1,<0.10' TransferQueue pyzmq msgspec cachetools fastapi uvicorn pytest hatchling editables \
+    einops jaxtyping beartype
+  "$PYTHON" -m pip install --quiet --no-deps --editable "$root"
+fi
+
+"$PYTHON" -m pytest -q -W ignore "$here"
+if [[ ${1:-} == --tests ]]; then
+  echo "run.sh --tests: the tests inside one process held"
+  exit
+fi
+
+work=${1:-$(mktemp -d)}
+mkdir -p "$work"
+work=$(cd "$work" && pwd)
+rm -rf "$work"/record_* "$work"/srpo "$work"/*.log
+(cd "$here" && "$PYTHON" -m verl_harness.tiny_vlm "$work" >"$work/model.log" 2>&1)
+
+train() { # NAME MODE WORKERS [overrides...]
+  local name=$1 mode=$2 workers=$3 status=0
+  shift 3
+  local began=$SECONDS
+  "$here/train.sh" "$work" "$mode" "$workers" trainer.experiment_name="$name" "$@" >"$work/$name.log" 2>&1 || status=$?
+  echo "exit status $status" >>"$work/$name.log"
+  echo "$name: exit status $status after $((SECONDS - began)) s"
+}
+
+SRPO_VERL_RECORD=$work/record_one train srpo_one srpo 1 +algorithm.srpo.strength=1
+train zero_one srpo 1 +algorithm.srpo.strength=0
+train grpo_one sync 1
+# Two workers, uneven groups (so verl pads the batch), importance sampling against the rollout engine.
+correction=algorithm.rollout_correction
+train zero_two srpo 2 +scripted_uneven=true $correction.rollout_is=token +algorithm.srpo.strength=0
+train grpo_two sync 2 +scripted_uneven=true $correction.rollout_is=token
+# The same, old log-probs taken from the rollout engine, the perception dropped.
+SRPO_VERL_RECORD=$work/record_two train srpo_two srpo 2 +scripted_uneven=true $correction.bypass_mode=true \
+  +algorithm.srpo.counterfactual=drop
+train wrong_option srpo 1 +algorithm.srpo.strenght=1
+SRPO_VERL_FAIL_WORKER=1 train failing_worker srpo 1
+
+PYTHONPATH=$here VERL_USE_EXTERNAL_MODULES=verl_harness.platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda \
+  HF_HUB_OFFLINE=1 "$PYTHON" "$here/check_runs.py" "$work" 2>"$work/check.log" || { tail -5 "$work/check.log"; exit 1; }
+echo "run.sh: SRPO held in verl $("$PYTHON" -m pip show verl | sed -n 's/^Version: //p'): two steps from the command" \
+  "line, strength 0 = GRPO with 1 and 2 workers, weights = srpo_core, log-probs = one by one, no pixels on the driver"

@@ -1,0 +1,50 @@
+"""Test only: the same rollouts outside verl. One unpadded row at a time, and weights by the core alone."""
+
+from typing import Any
+
+import torch
+
+from srpo_core import CounterfactualResponses, Segmentation, SRPOConfig, counterfactual_responses, segment_responses
+from verl_harness import rollouts
+
+
+def score_alone(
+    model: Any,
+    processor: Any,
+    row: dict[str, Any],
+    *,
+    response: torch.Tensor | None = None,
+    pixels: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The row scored by the model of transformers, its positions computed anew from its ids."""
+    response = row["responses"] if response is None else response
+    pixels = row["multi_modal_inputs"] if pixels is None else pixels
+    ids = torch.cat([row["prompts"], response])
+    # verl counts a padding row as text along every axis.
+    is_padding = bool((row["prompts"] == processor.tokenizer.eos_token_id).all())
+    positions = torch.arange(len(ids)).repeat(4, 1) if is_padding else rollouts.position_ids(ids, pixels, processor)
+    return rollouts.log_probs(model, ids, positions, pixels, len(response))
+
+
+def padded(values: Any, fill: int = 0) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+
+
+def changed_alone(
+    rows: list[dict[str, Any]], tokenizer: Any, config: SRPOConfig, masks: list[torch.Tensor] | None = None
+) -> tuple[Segmentation, CounterfactualResponses]:
+    """Segmentation and changed responses."""
+    ids = padded([row["responses"] for row in rows], tokenizer.pad_token_id)
+    mask = padded([row["response_mask"] for row in rows] if masks is None else masks).bool()
+    segmentation = segment_responses(ids, mask, tokenizer, eos_token_id=tokenizer.eos_token_id)
+    uids = [row["uid"] for row in rows]
+    changed = counterfactual_responses(
+        ids,
+        segmentation.roles,
+        mask,
+        kind=config.counterfactual,
+        group_ids=torch.tensor([uids.index(uid) for uid in uids]),
+        boundary=segmentation.boundary,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return segmentation, changed
