@@ -1,7 +1,8 @@
 """Whole runs of OpenRLHF on a CPU, with Ray, DeepSpeed and a stand-in for vLLM: the stock command and SRPO's.
 
-``python runs.py FOLDER`` writes tiny models and data into FOLDER, runs everything in RUNS, prints a table and fails
-unless what the adapter promises holds. One run takes one to three minutes, the first several more: DeepSpeed compiles.
+``python runs.py FOLDER`` writes tiny models and data into FOLDER, runs everything in RUNS and fails unless what the
+adapter promises holds; with names of runs it runs only these and prints their metrics. A run takes one to three
+minutes on two cores, the first several more: DeepSpeed compiles.
 """
 
 import ast
@@ -98,8 +99,19 @@ def write_inputs(folder: Path) -> None:
 
 
 def run(folder: Path, name: str) -> tuple[list[dict[str, float]], str]:
-    """The metrics of each step of one run, and its log."""
-    module, extra = RUNS[name]
+    """The metrics of both steps of one run, and its log."""
+    begin = time.monotonic()
+    code, log = start(folder, name, *RUNS[name])
+    steps = [ast.literal_eval(step) for step in re.findall(r"Global step \d+: (\{.*\})", log)]
+    print(f"{name}: {len(steps)} steps in {time.monotonic() - begin:.0f} s", flush=True)
+    if code or len(steps) != 2:
+        sys.exit(f"{name}: exit code {code}, {len(steps)} of 2 steps\n{log[-4000:]}")
+    return steps, log
+
+
+def start(folder: Path, name: str, module: str, extra: list[str]) -> tuple[int, str]:
+    """Exit code and log of one command, in a Ray cluster of its own."""
+    (folder / "ray").mkdir(exist_ok=True)
     environment = os.environ | {
         "PYTHONPATH": str(HERE / "cpu"),
         "OMP_NUM_THREADS": "1",
@@ -108,30 +120,60 @@ def run(folder: Path, name: str) -> tuple[list[dict[str, float]], str]:
         "HF_HOME": str(folder / "huggingface"),
         "RAY_DEDUP_LOGS": "0",
         "RAY_TMPDIR": str(folder / "ray"),
+        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Nothing has a GPU here: Ray only counts them.
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 8, "GPU": 4}',
-        "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("RAY_ADDRESS", None)
-    (folder / "ray").mkdir(exist_ok=True)
     command = [sys.executable, "-m", module, *flags(folder, name, extra)]
-    begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     log = done.stdout + done.stderr
     (folder / f"{re.sub(r'[^a-z0-9]+', '_', name)}.log").write_text(log)
-    steps = [ast.literal_eval(step) for step in re.findall(r"Global step \d+: (\{.*\})", log)]
-    print(f"{name}: {len(steps)} steps in {time.monotonic() - begin:.0f} s", flush=True)
-    if done.returncode or len(steps) != 2:
-        sys.exit(f"{name}: exit code {done.returncode}, {len(steps)} of 2 steps\n{log[-4000:]}")
-    return steps, log
+    return done.returncode, log
+
+
+def check(folder: Path) -> None:
+    """Do all runs and compare them."""
+    results = {name: run(folder, name) for name in RUNS}
+    steps = {name: result[0] for name, result in results.items()}
+
+    identical = ("policy_loss", "actor_grad_norm", "reward")
+    for stock, ours in zip(steps["stock"], steps["strength 0"], strict=True):
+        for metric in identical:
+            held(f"strength 0: {metric}", ours[metric] == stock[metric], ours[metric], stock[metric])
+    for stock, ours in zip(steps["stock"], steps["strength 1"], strict=True):
+        held("strength 1 changes the gradient", ours["actor_grad_norm"] != stock["actor_grad_norm"])
+    one, two = (steps[name][0]["actor_grad_norm"] for name in ("strength 1, ZeRO-2", "strength 1, ZeRO-2, dp 2"))
+    held("dp 2 with ZeRO-2: grad norm within 1e-3", abs(two - one) < 1e-3 * one, two, one)
+
+    for name, (module, _) in RUNS.items():
+        for step in steps[name]:
+            held(f"{name}: srpo metrics are logged", ("srpo/weight/perception/mean" in step) == (module == SRPO))
+        imported = re.findall(r"ROLLOUT WORKER imported (\[.*\])", results[name][1])
+        held(f"{name}: rollout workers import neither deepspeed nor srpo_core", imported == ["[]"], imported)
+    for step in steps["text, packed"]:
+        held("text: perceptions score 0", step["srpo/score/perception/mean"] == 0)
+        held("text: reasoning scores do not", step["srpo/score/reasoning/mean"] != 0)
+
+    code, log = start(folder, "refused", SRPO, ["--actor.policy_loss_type", "gspo"])
+    sentence = "--actor.policy_loss_type gspo: with one ratio for the whole response"
+    held("gspo is refused before any model is made", code != 0 and sentence in log and "PolicyModelActor" not in log)
+
+
+def held(claim: str, holds: bool, *values: object) -> None:
+    print(f"  {'held' if holds else 'BROKEN'}: {claim} {' '.join(map(str, values))}", flush=True)
+    if not holds:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
     sys.path.insert(0, str(HERE / "cpu"))
     write_inputs(folder)
-    for name in sys.argv[2:] or RUNS:
-        steps, log = run(folder, name)
-        for step in steps:
+    for name in sys.argv[2:]:
+        for step in run(folder, name)[0]:
             print(json.dumps(step, indent=1))
+    if not sys.argv[2:]:
+        check(folder)

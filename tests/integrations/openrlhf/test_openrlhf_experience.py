@@ -16,9 +16,10 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils import get_tokenizer
 from PIL import Image
 from srpo_openrlhf import hooks
-from srpo_openrlhf.experience import corrupt_inputs
+from srpo_openrlhf.experience import _eos_token_ids, corrupt_inputs
 from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config
 from tiny_models import write_text_model, write_vision_model
+from transformers import GenerationConfig
 
 from srpo_core import (
     Role,
@@ -392,6 +393,13 @@ def test_the_corruption_is_drawn_anew_at_each_step_and_a_resumed_run_goes_on(vis
     maker.make_experience_batch(rollout(vision))
     vision.maker().make_experience_batch(rollout(vision))
     assert steps == [7, 8, 0]
+
+
+def test_every_token_that_ends_a_response_is_known(vision, tmp_path):
+    tokenizer = vision.text_tokenizer
+    GenerationConfig(eos_token_id=[0, 7]).save_pretrained(tmp_path)
+    assert set(_eos_token_ids(tokenizer, str(tmp_path))) == {0, 7, tokenizer.eos_token_id}
+    assert _eos_token_ids(tokenizer, str(tmp_path / "without")) == (tokenizer.eos_token_id,)
 
 
 def test_responses_without_tags_are_reported(vision, hooked, monkeypatch):
