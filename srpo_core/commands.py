@@ -239,7 +239,7 @@ def _summarize(files: list[Path], options: CreditOptions, *, strict: bool, worke
             _stop(str(error))
     if not len(summary):
         for error in summary.errors[:_SHOWN_ERRORS]:
-            err.print(_safe(str(error)))
+            err.print(_safe(str(error)), soft_wrap=True)
         _stop("there are no readable responses in " + ", ".join(map(str, files)))
     return summary
 
@@ -258,14 +258,14 @@ def _finish(errors: list[RolloutError], count: int | None = None) -> None:
         return
     err.print(Text(f"\n{count:,} malformed {'line' if count == 1 else 'lines'} left out:", style="bold red"))
     for error in errors[:_SHOWN_ERRORS]:
-        err.print(_safe(f"  {error}"))
+        err.print(_safe(f"  {error}"), soft_wrap=True)
     if count > _SHOWN_ERRORS:
         err.print(Text(f"  and {count - _SHOWN_ERRORS:,} more"))
     raise typer.Exit(1)
 
 
 def _stop(message: str) -> NoReturn:
-    err.print(_safe(f"Error: {message}", style="red"))
+    err.print(_safe(f"Error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -450,15 +450,12 @@ def _print_comparison(summaries: dict[str, Summary]) -> None:
     for name in summaries:
         table.add_column(name, justify="right")
     both = [summary.metrics() for summary in summaries.values()]
-    for name in sorted(set(both[0]) | set(both[1]), key=_order):
-        if name.startswith(("broken", "structured", "noise", "swap", "right", "tokens/perc", "tokens/reas")):
-            continue  # no option of the weights changes these
+    # Other statistics do not depend on the options.
+    shown = ["advantage/cosine", "tokens/effective_fraction"]
+    shown += sorted(name for name in both[0].keys() | both[1].keys() if name.startswith(("weight/", "score/")))
+    for name in shown:
         table.add_row(name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in both))
     out.print(table)
-
-
-def _order(name: str) -> tuple[int, str]:
-    return ["advantage", "tokens", "weight", "score"].index(name.split("/")[0]), name
 
 
 # Doctor

@@ -184,7 +184,9 @@ def parse_rollout(line: bytes | str) -> Rollout:
         ('<think>two', array([0, 7]), array([-0.5, -inf], dtype=float32))
     """
     try:
-        fields = _loads(line)
+        fields = _loads(line.strip())
+    except json.JSONDecodeError as error:
+        raise RolloutError(f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
         raise RolloutError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):

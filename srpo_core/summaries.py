@@ -366,7 +366,7 @@ class Summary:
             if reason is not BrokenReason.NONE:
                 metrics[f"broken/{reason.name.lower()}"] = _mean(columns["broken"][real] == int(reason))
         right = columns["right"][real]
-        if (right != _UNKNOWN).any():
+        if (columns["right"] != _UNKNOWN).any():
             metrics["right/fraction"] = _mean(right[right != _UNKNOWN] == 1)
         squared = np.nan_to_num(self.advantages) ** 2
         if not np.isnan(self.advantages).all():

@@ -14,7 +14,7 @@ function el(tag, attributes, ...children) {
     else if (name === "left") node.style.left = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
@@ -26,7 +26,8 @@ function svg(tag, attributes, ...children) {
 }
 
 const whole = (value) => value.toLocaleString("en-US");
-const percent = (value, digits = 0) => `${(100 * value).toFixed(digits)} %`;
+// With a decimal more where rounding would turn nearly all into all, or some into none.
+const percent = (value, digits = 0) => `${(100 * value).toFixed(value > 0 && value < 1 && [0, 100].includes(Number((100 * value).toFixed(digits))) ? digits + 1 : digits)} %`;
 const signed = (value, digits = 2) => (value < 0 ? "−" : value > 0 ? "+" : "") + Math.abs(value).toFixed(digits);
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 const ROLE = { P: "perception", R: "reasoning", O: "other" };
@@ -120,7 +121,7 @@ function drawQuadrants() {
     grid.append(el("button", { type: "button", class: "cell", on: { click: () => filterBy({ answer: cell.answer ? "right" : "wrong", perception: cell.perception ? "right" : "wrong" }) } },
       el("div", { class: "name" }, QUADRANT[`${cell.perception}${cell.answer}`]),
       el("div", { class: "value" }, percent(total ? cell.count / total : 0, 1)),
-      el("div", { class: "muted" }, `${whole(cell.count)}${cell.score === null ? "" : ` · score ${signed(cell.score)}`}`)));
+      el("div", { class: "muted" }, whole(cell.count)), cell.score === null ? null : el("div", { class: "muted" }, `score ${signed(cell.score)}`)));
   }
   at("quadrants").append(grid, el("p", { class: "explain" }, `Of ${plural(total, "response")} with a labelled perception. The score is the mean visual dependency, nats. Click a cell to see such responses.`));
   at("quadrants").hidden = false;
@@ -134,8 +135,8 @@ const asWeight = (power) => FRACTIONS[power] || (power < 0 ? (2 ** power).toFixe
 
 function histogram(kind, role, noise) {
   const { reach, all, right, wrong } = data.histograms[kind][role];
-  const width = 420, height = 130, bars = all.length;
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height + 20}`, role: "img", "aria-label": `distribution of ${role} ${kind}s` });
+  const width = 280, height = 104, bars = all.length;
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height + 18}`, role: "img", "aria-label": `distribution of ${role} ${kind}s` });
   const x = (value) => ((value + reach) / (2 * reach)) * width;
   if (noise) drawing.append(svg("rect", { class: "noise", x: x(-Math.min(noise, reach)), width: x(Math.min(noise, reach)) - x(-Math.min(noise, reach)), y: 0, height }));
   const top = Math.max(...all, ...right, ...wrong, 1e-9);
@@ -145,7 +146,7 @@ function histogram(kind, role, noise) {
   for (const [name, shares] of [["wrong", wrong], ["right", right]]) if (shares.length) drawing.append(svg("polyline", { class: `line line-${name}`, points: steps(shares) }));
   drawing.append(svg("line", { class: "axis", x1: 0, x2: width, y1: height, y2: height }), svg("line", { class: "center", x1: x(0), x2: x(0), y1: 0, y2: height }));
   for (const tick of TICKS[reach] || [-reach, 0, reach]) {
-    drawing.append(svg("text", { x: x(tick), y: height + 15, "text-anchor": tick <= -reach ? "start" : tick >= reach ? "end" : "middle" }, kind === "weight" ? asWeight(tick) : signed(tick, Number.isInteger(tick) ? 0 : 2)));
+    drawing.append(svg("text", { x: x(tick), y: height + 14, "text-anchor": tick <= -reach ? "start" : tick >= reach ? "end" : "middle" }, kind === "weight" ? asWeight(tick) : signed(tick, Number.isInteger(tick) ? 0 : 2)));
   }
   return drawing;
 }
@@ -166,7 +167,7 @@ function drawDistributions() {
       const name = kind === "weight" ? `Weights of ${role}` : role === "perception" ? "Visual dependency, nats" : "Perception consistency, nats";
       const noise = kind === "score" && metrics[`noise/${role}/rms`];
       plots.append(el("div", { class: "plot" }, el("h3", {}, name),
-        el("div", { class: "caption" }, data.histograms[kind][role].count ? `median ${middle}, from ${low} to ${high} for 90 % of the tokens` : "no such tokens"),
+        el("div", { class: "caption" }, data.histograms[kind][role].count ? `median ${middle}; 90 % in ${low} to ${high}` : "no such tokens"),
         histogram(kind, role, noise ? 2 * noise : 0)));
     }
   }

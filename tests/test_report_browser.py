@@ -1,0 +1,185 @@
+"""The page in a real browser: filter, hover, select; light and dark; hostile text stays text."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from rollout_files import HOSTILE, write_rollouts
+
+from srpo_core.report import report_files
+from srpo_core.report.colors import REACH, SCALES, TEXT, weight_shade
+from srpo_core.summaries import load, summarize_files
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    report_files(summarize_files([write_rollouts(path.with_name("rollouts.jsonl"))]), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def driver():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no chromium with chromedriver (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1300,1000")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(driver, page):
+    driver.get("about:blank")
+    driver.get_log("browser")
+    driver.get_log("performance")
+    driver.get(page.as_uri())
+    yield driver
+    # Nothing was asked of the network, nothing failed, nothing was blocked.
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert driver.execute_script("return window.hacked") is None
+
+
+def texts(browser, selector):
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector
+    )
+
+
+def choose(browser, name, value):
+    from selenium.webdriver.support.ui import Select
+
+    Select(browser.find_element("id", f"filter-{name}")).select_by_value(value)
+
+
+def test_filters_narrow_the_list_and_reset_widens_it(browser, page):
+    summary = summarize_files([page.with_name("rollouts.jsonl")])
+    everything = len(texts(browser, ".item"))
+    assert everything == len(summary)
+    choose(browser, "answer", "right")
+    right = int((summary.columns["right"] == 1).sum())
+    assert len(texts(browser, ".item")) == right
+    assert all("right" in text for text in texts(browser, ".item .top"))
+    choose(browser, "perception", "wrong")
+    lucky = int(((summary.columns["right"] == 1) & (summary.columns["perception_right"] == 0)).sum())
+    assert 0 < lucky < right
+    assert texts(browser, "#matches") == [f"{lucky} of {everything} shown"]
+    browser.find_element("id", "filter-reset").click()
+    assert len(texts(browser, ".item")) == everything
+    choose(browser, "format", "nested")
+    assert len(texts(browser, ".item")) == 1
+    assert "a block opens inside another" in texts(browser, ".verdict")[0]
+    assert texts(browser, ".t.fault") == ["<think>"]
+    browser.find_element("id", "filter-reset").click()
+    browser.find_element("id", "filter-text").send_keys("JUST words")
+    assert texts(browser, ".item .preview") == ["just words"]
+    browser.find_element("id", "filter-text").send_keys(" nowhere")
+    assert texts(browser, ".empty") == ["No response matches."]
+
+
+def test_a_cell_of_the_table_filters(browser):
+    lucky = browser.find_element("xpath", "//button[contains(., 'Lucky')]")
+    lucky.click()
+    shown = texts(browser, ".item")
+    assert shown
+    assert f"{len(shown)} of" in texts(browser, "#matches")[0]
+    assert "lucky" in texts(browser, "#detail .badge")
+
+
+def test_selecting_shows_the_response_its_image_and_its_mates(browser):
+    items = browser.find_elements("css selector", ".item")
+    items[1].click()
+    assert items[1].get_attribute("aria-selected") == "true"
+    assert items[0].get_attribute("aria-selected") == "false"
+    assert texts(browser, "#detail h3") == ["#1"]
+    assert browser.current_url.endswith("#response-1")
+    assert browser.execute_script("return document.querySelector('.reading img').naturalWidth") == 8
+    mates = browser.find_elements("css selector", ".mates button")
+    assert len(mates) == 3
+    mates[0].click()
+    assert texts(browser, "#detail h3") == ["#0"]
+    from selenium.webdriver.common.keys import Keys
+
+    browser.find_element("id", "list").send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    assert texts(browser, "#detail h3") == ["#2"]
+
+
+def test_hovering_a_token_shows_its_numbers(browser, page):
+    from selenium.webdriver import ActionChains
+
+    summary = summarize_files([page.with_name("rollouts.jsonl")])
+    (scored,) = load(summary, [1])
+    browser.find_element("id", "item-1").click()
+    token = int(np.abs(scored.scores).argmax())
+    node = browser.find_element("css selector", f"[data-token='{token}']")
+    ActionChains(browser).move_to_element(node).perform()
+    tip = browser.find_element("id", "tooltip")
+    assert tip.is_displayed()
+    assert f"× {scored.weights[token]:.3f}" in tip.text
+    assert f"{scored.scores[token]:+.2f} nats" in tip.text
+    assert f"{scored.rollout.old_log_probs[token]:.2f}".replace("-", "−") in tip.text
+    ActionChains(browser).move_to_element(browser.find_element("tag name", "h1")).perform()
+    assert not tip.is_displayed()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tokens_have_the_colours_of_their_weights_in_both_themes(browser, page, theme):
+    if browser.execute_script("return document.documentElement.dataset.theme") != theme:
+        browser.find_element("id", "theme").click()
+    assert browser.execute_script("return document.documentElement.dataset.theme") == theme
+    browser.find_element("id", "item-1").click()
+    (scored,) = load(summarize_files([page.with_name("rollouts.jsonl")]), [1])
+    script = "return [...document.querySelectorAll('.t')].map((t) => getComputedStyle(t).backgroundColor)"
+    colours = [SCALES[theme][shade] for shade in weight_shade(scored.weights)]
+    assert browser.execute_script(script) == ["rgb({}, {}, {})".format(*colour) for colour in colours]
+    assert len(set(colours)) > 2
+    text = browser.execute_script("return getComputedStyle(document.getElementById('heat')).color")
+    assert text == "rgb({}, {}, {})".format(*TEXT[theme])
+    browser.find_element("id", "mode-score").click()
+    assert browser.execute_script(script)[0] == "rgb({}, {}, {})".format(*SCALES[theme][REACH])
+
+
+def test_hostile_text_is_shown_and_does_nothing(browser):
+    scripts = browser.execute_script("return document.querySelectorAll('script').length")
+    for text in HOSTILE:
+        item = browser.find_element("css selector", f".item[data-index='{38 + HOSTILE.index(text)}']")
+        browser.execute_script("arguments[0].click()", item)
+        assert text in texts(browser, ".t")
+        assert text in texts(browser, ".ask")[0]
+        assert text in texts(browser, "#detail h3")[0]
+        assert texts(browser, ".facts b")[-1] == json.dumps({text: text}, ensure_ascii=False)
+    assert browser.execute_script("return document.querySelectorAll('script').length") == scripts
+    assert browser.execute_script("return document.querySelectorAll('#detail img[src=x]').length") == 0
+
+
+def test_the_policy_of_the_page_stops_what_it_did_not_bring(driver, page):
+    driver.get(page.as_uri())
+    driver.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s)"
+    )
+    driver.execute_script("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=1\">')")
+    assert driver.execute_script("return window.hacked") is None
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+
+
+def test_nothing_overflows_a_narrow_screen(browser):
+    browser.set_window_size(520, 900)
+    try:
+        wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+    finally:
+        browser.set_window_size(1300, 1000)
+    assert wide <= 0

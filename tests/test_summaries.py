@@ -1,0 +1,211 @@
+"""A streamed summary says what the diagnostics say of the whole batch, however the files are cut."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from batches import batches
+from hypothesis import given, settings
+from rollout_files import add_malformed, write_rollouts
+
+from srpo_core import Role, RoleTags, SRPOConfig, group_advantages, role_scales, segment_responses, srpo_advantages
+from srpo_core import summaries as summaries_module
+from srpo_core.diagnostics import credit_diagnostics
+from srpo_core.rollouts import RolloutError, RolloutWriter, parse_rollout, read_rollouts
+from srpo_core.summaries import CreditOptions, load, score_rollouts, summarize_files, summarize_rollouts
+
+
+def write(path, batch, *, broken, correct, donors):
+    with RolloutWriter(path) as writer:
+        writer.write(
+            [["x"] * int(row.sum()) for row in batch.mask],
+            batch.mask,
+            old_log_probs=batch.old_log_probs.clamp(max=0),
+            corrupted_log_probs=batch.corrupted_log_probs.clamp(max=0),
+            counterfactual_log_probs=batch.counterfactual_log_probs.clamp(max=0),
+            repeated_log_probs=batch.log_probs.clamp(max=0),
+            roles=batch.roles,
+            broken=broken,
+            advantages=batch.advantages,
+            correct=correct,
+            donors=donors,
+        )
+    return path
+
+
+@given(batches(max_batch=4, max_time=12))
+@settings(max_examples=25)
+def test_names_and_values_are_those_of_the_diagnostics(tmp_path_factory, batch):
+    rows = len(batch.mask)
+    broken, correct = torch.arange(rows) % 3, torch.arange(rows) % 2 == 0
+    donors = torch.arange(rows) - 1
+    path = write(tmp_path_factory.mktemp("r") / "r.jsonl", batch, broken=broken, correct=correct, donors=donors)
+    metrics = summarize_files([path]).metrics()
+
+    old, corrupted, replaced, repeated = (
+        values.clamp(max=0)
+        for values in (
+            batch.old_log_probs,
+            batch.corrupted_log_probs,
+            batch.counterfactual_log_probs,
+            batch.log_probs,
+        )
+    )
+    credit = srpo_advantages(old, corrupted, replaced, batch.roles, batch.advantages, batch.mask)
+    expected = credit_diagnostics(
+        credit.weights,
+        credit.visual_dependency,
+        credit.perception_consistency,
+        batch.roles,
+        batch.mask,
+        broken=broken,
+        advantages=batch.advantages,
+        correct=correct,
+        donors=donors,
+        log_probs=old,
+        repeated_log_probs=repeated,
+        score_clip=5.0,
+    )
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        # On the file log-probs are rounded, and quantiles are read off a grid.
+        near = {"rel": 6e-3, "abs": 6e-5} if name[-3:] in ("p05", "p50", "p95") else {"rel": 1e-3, "abs": 3e-5}
+        if not name.startswith("noise/") or name.endswith("rms"):
+            assert metrics[name] == pytest.approx(value.item(), **near), name
+
+
+def test_counted_beyond_the_noise():
+    line = {"tokens": list("abcd"), "roles": "PPPP", "broken": "none", "old_log_probs": [-1, -1, -1, -1]}
+    line |= {"corrupted_log_probs": [-1.5, -1.01, -1, -4], "repeated_log_probs": [-1.1, -1.1, -0.9, -0.9]}
+    metrics = summarize_rollouts(score_rollouts([parse_rollout(json.dumps(line))])).metrics()
+    assert metrics["noise/perception/rms"] == pytest.approx(0.1)
+    assert metrics["noise/perception/above"] == 0.5
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 2**20])
+def test_however_the_files_are_cut(tmp_path, monkeypatch, chunk):
+    paths = [write_rollouts(tmp_path / f"{name}.jsonl", steps=steps) for name, steps in (("a", 2), ("b", 1))]
+    first, second = add_malformed(paths[1])
+    whole = summarize_rollouts(score_rollouts(r for path in paths for r in read_rollouts(path, on_error=lambda _: 0)))
+    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", chunk)
+    seen = []
+    summary = summarize_files(paths, progress=lambda done, total: seen.append((done, total)))
+    assert summary.metrics() == pytest.approx(whole.metrics(), rel=1e-5)
+    assert [(error.path, error.line) for error in summary.errors] == [(str(paths[1]), first), (str(paths[1]), second)]
+    assert summary.malformed == 2
+    size = sum(path.stat().st_size for path in paths)
+    assert seen[0] == (0, size)
+    assert seen[-1] == (size, size)
+    # Every place leads back to its response, and counts lines as an editor does.
+    assert [row.rollout.text for row in load(summary, range(len(summary)))] == [
+        rollout.text for path in paths for rollout in read_rollouts(path, on_error=lambda _: 0)
+    ]
+    place = summary.places[-1]
+    assert json.loads(paths[1].read_text(encoding="utf-8").split("\n")[place.line - 1])["id"]
+    with pytest.raises(RolloutError, match=f"b.jsonl, line {first}: not JSON"):
+        summarize_files(paths, strict=True)
+
+
+def test_two_processes_say_the_same(tmp_path, monkeypatch):
+    path = write_rollouts(tmp_path / "r.jsonl")
+    alone = summarize_files([path])
+    monkeypatch.setattr(summaries_module, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", 4000)
+    together = summarize_files([path], workers=2)
+    assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6)
+    assert together.places == alone.places
+
+
+def test_roles_are_those_of_the_segmentation(tmp_path):
+    """Read from the text where they are not recorded, with the tags of the line."""
+    tags = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), None)
+
+    class Characters:
+        eos_token_id = 0
+
+        def decode(self, ids):
+            return "".join(chr(token) if token else "$" for token in ids)
+
+    responses = ["<p>me</p><t>u</t>", "<p> </p><t>u</t>", "<p>me<t>u</t>"]
+    ids = torch.tensor([[*map(ord, text.ljust(18, "~"))] for text in responses])
+    mask = ids != ord("~")
+    ids[0, 17], mask[0, 17] = 0, True
+    with RolloutWriter(tmp_path / "r.jsonl", tokenizer=Characters(), tags=tags) as writer:
+        writer.write(ids, mask)
+    expected = segment_responses(ids, mask, Characters(), tags=tags)
+    for row, scored in enumerate(score_rollouts(read_rollouts(tmp_path / "r.jsonl"))):
+        assert scored.roles.tolist() == expected.roles[row, mask[row]].tolist()
+        assert scored.broken == expected.broken[row]
+
+
+def test_recorded_weights_and_scores_are_shown_unless_asked_to_recompute():
+    line = {"tokens": ["a", "b"], "roles": "PP", "broken": "none", "weights": [3, 1], "scores": [1, 9]}
+    line |= {"old_log_probs": [-1, -1], "corrupted_log_probs": [-3, -1]}
+    (recorded,) = score_rollouts([parse_rollout(json.dumps(line))])
+    assert recorded.weights.tolist() == [3, 1]
+    assert recorded.scores.tolist() == [1, 5]  # clipped as scores are
+    (computed,) = score_rollouts([parse_rollout(json.dumps(line))], CreditOptions(recompute=True))
+    assert computed.scores.tolist() == [2, 0]
+    assert computed.weights[0] > 1 > computed.weights[1]
+    del line["old_log_probs"], line["corrupted_log_probs"]
+    (from_scores,) = score_rollouts([parse_rollout(json.dumps(line))], CreditOptions(recompute=True))
+    assert from_scores.scores.tolist() == [1, 5]
+    assert from_scores.weights[0] < 1 < from_scores.weights[1]
+
+
+def test_text_alone_and_nothing_at_all_are_summarised():
+    rollouts = [parse_rollout('{"text": "<perception>a"}'), parse_rollout('{"tokens": []}')]
+    summary = summarize_rollouts(score_rollouts(rollouts))
+    assert summary.metrics()["tokens/effective_fraction"] == 1
+    assert not summary.columns["contrast"].any()
+    assert summarize_rollouts([]).metrics()["weight/perception/mean"] == 1
+
+
+def test_the_scale_of_the_batch_is_that_of_all_files(tmp_path):
+    paths = [write_rollouts(tmp_path / name, steps=1, hostile=False) for name in ("a.jsonl", "b.jsonl")]
+    options = CreditOptions(SRPOConfig(scale="batch_rms", consistency_scale=2.0), recompute=True)
+    used = summarize_files(paths, options).options.config
+    rows = [scored for path in paths for scored in score_rollouts(read_rollouts(path))]
+    time = max(len(row.scores) for row in rows)
+    scores = torch.tensor(np.stack([np.pad(row.scores, (0, time - len(row.scores))) for row in rows]))
+    roles = torch.tensor(np.stack([np.pad(row.roles, (0, time - len(row.roles))) for row in rows]))
+    scales, _ = role_scales(scores, scores, roles, torch.ones_like(roles, dtype=torch.bool))
+    assert used.visual_scale == pytest.approx(scales.visual.item(), rel=1e-5)
+    assert used.consistency_scale == pytest.approx(2 * scales.consistency.item(), rel=1e-5)
+
+
+def test_advantages_come_from_the_groups_unless_recorded(tmp_path):
+    summary = summarize_files([write_rollouts(tmp_path / "r.jsonl", hostile=False)])
+    rewards = torch.tensor(summary.columns["reward"])
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(summary.groups))}
+    expected = group_advantages(rewards, torch.tensor([numbers[group] for group in summary.groups]))
+    known = np.array([group is not None for group in summary.groups])
+    np.testing.assert_allclose(summary.advantages[known], expected[torch.tensor(known)], atol=1e-9)
+    assert np.isnan(summary.advantages[~known]).all()
+    assert (~known).sum() == 2
+    recorded = summarize_rollouts(score_rollouts([parse_rollout('{"tokens": ["a"], "advantage": -0.5}')]))
+    assert recorded.advantages.tolist() == [-0.5]
+
+
+def test_a_sample_holds_each_kind_and_grows_at_its_end(tmp_path):
+    summary = summarize_files([write_rollouts(tmp_path / "r.jsonl", steps=20)])
+    sample = summary.sample(60, per_kind=3)
+    assert len(sample) == len(set(sample.tolist())) == 60
+    assert summary.sample(40, per_kind=3).tolist() == sample[:40].tolist()
+    kinds = list(zip(*(summary.columns[name] for name in ("broken", "right", "perception_right")), strict=True))
+    for kind in set(kinds):
+        assert sum(kinds[row] == kind for row in sample.tolist()) >= min(3, kinds.count(kind))
+    assert summary.sample(60, seed=1).tolist() != sample.tolist()
+    assert sorted(summary.sample(10**6).tolist()) == list(range(len(summary)))
+
+
+def test_options_that_a_file_cannot_serve_are_refused():
+    with pytest.raises(ValueError, match="visual_score must be one of 'log_ratio'"):
+        CreditOptions(SRPOConfig(visual_score="jsd"))
+    with pytest.raises(ValueError, match="scale='ema_rms' depends on the order of training"):
+        CreditOptions(SRPOConfig(scale="ema_rms"))
+    rollout = dataclasses.replace(parse_rollout('{"tokens": ["a"]}'), roles=np.array([int(Role.PERCEPTION)]))
+    with pytest.raises(ValueError, match="sign='advantage' needs 'advantage' in every line"):
+        list(score_rollouts([rollout], CreditOptions(SRPOConfig(sign="advantage"))))
