@@ -12,11 +12,13 @@ from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.world import EOS, PAD, PATCH, TAG_IDS, PriorClash, Problems, reward
 from srpo_core import (
     LossOutput,
+    RoleAdvantages,
     Segmentation,
     corrupt_images,
     counterfactual_responses,
     group_advantages,
     segment_roles,
+    srpo_advantages,
     srpo_loss,
     token_log_probs,
 )
@@ -126,7 +128,7 @@ class SRPO:
         corruption: What becomes of the image (:func:`~srpo_core.corrupt_images`).
         corruption_strength: How much of it; None: the kind's default.
         counterfactual: What becomes of the perception (:func:`~srpo_core.counterfactual_responses`).
-        options: Further keyword arguments of :func:`~srpo_core.srpo_loss`.
+        options: Further options of the weights (:func:`~srpo_core.srpo_advantages`).
     """
 
     strength: float = 1.0
@@ -136,10 +138,7 @@ class SRPO:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor, Tensor], LossOutput]:
-        corrupted = replaced = None
-        if self.strength > 0:
-            corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
-            replaced = with_other_perception(model, batch, self.counterfactual)
+        corrupted, replaced = self.look_again(model, batch)
 
         def loss_of(log_probs: Tensor, rows: Tensor) -> LossOutput:
             return srpo_loss(
@@ -156,6 +155,21 @@ class SRPO:
             )
 
         return loss_of
+
+    def look_again(self, model: TinyVLM, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Return the log-probs under the corrupted image, and those after the other perception; GRPO needs neither."""
+        if self.strength == 0.0:
+            return None, None
+        corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
+        return corrupted, with_other_perception(model, batch, self.counterfactual)
+
+    def credit(self, model: TinyVLM, batch: Batch) -> RoleAdvantages:
+        """Return the weights that training on this batch would use, and what they are made of."""
+        roles, advantages = batch.segmentation.roles, batch.advantages
+        looks = self.look_again(model, batch)
+        return srpo_advantages(
+            batch.old_log_probs, *looks, roles, advantages, batch.mask, strength=self.strength, **self.options
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,199 @@
+"""Warm starts and training runs, one process a core. Each leaves a result that a later call finds again."""
+
+import dataclasses
+import json
+import multiprocessing
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.train import SRPO, Method, TrainConfig, roll_out, train
+from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, warm_start
+from benchmarks.grounding.world import FIRST_FILLER, SPLITS, ZERO, PriorClash
+from srpo_core import Role
+
+HELD_OUT = 1_000_000  # seeds from here on are for evaluation: training seeds are small
+
+Event = dict[str, Any]  # who ("grpo", "srpo", "warm start"), seed, step, steps, and what was measured
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run, and where the results go. A result counts as found if everything but ``out`` is the same."""
+
+    out: Path
+    world: PriorClash = field(default_factory=PriorClash)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: str = "cpu"
+    evaluation_size: int = 512
+    evaluate_every: int = 10
+
+    def identity(self, seed: int, method: Method | None = None) -> dict[str, Any]:
+        settings = dataclasses.asdict(self)
+        del settings["out"]
+        return settings | {"seed": seed, "method": repr(method), "torch": torch.__version__}
+
+
+def run_all(
+    study: Study, methods: Mapping[str, Method], seeds: Sequence[int], *, workers: int = 1, on_event: Listener
+) -> list[dict[str, Any]]:
+    """Return the result of every method from every seed's warm start, as :func:`run` gives it.
+
+    With several workers, methods must be picklable: instances of a dataclass such as
+    :class:`~benchmarks.grounding.train.SRPO`, or functions of a module.
+    """
+    if workers == 1:
+        for seed in seeds:
+            prepare(study, seed, on_event)
+        return [run(study, name, method, seed, on_event) for seed in seeds for name, method in methods.items()]
+    # Forking a process that has used torch can hang, hence "spawn".
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    results = []
+    with ProcessPoolExecutor(workers, context, _start_worker, (events,)) as pool:
+        waiting: dict[Future, int | None] = {pool.submit(_work, prepare, study, seed): seed for seed in seeds}
+        while waiting:
+            done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            _pass_on(events, on_event)
+            for future in done:
+                seed, result = waiting.pop(future), future.result()
+                if seed is None:
+                    results.append(result)
+                else:
+                    runs = [pool.submit(_work, run, study, name, method, seed) for name, method in methods.items()]
+                    waiting |= dict.fromkeys(runs)
+        _pass_on(events, on_event)
+    return sorted(results, key=lambda result: (result["seed"], list(methods).index(result["method"])))
+
+
+def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
+    """Return how the warm start of a seed fares on each split; its weights are in the file of :func:`load`."""
+    path = study.out / "warm_start" / f"seed{seed}.json"
+    identity = study.identity(seed)
+    del identity["train"]  # any training may start from it
+    if (found := _find(path, identity)) is not None:
+        on_event({"who": "warm start", "seed": seed, "step": 1, "steps": 1, "found": True})
+        return found
+    started = time.process_time()
+    steps = study.warm_start.max_steps
+
+    def tell(step: int, perception: float) -> None:
+        on_event({"who": "warm start", "seed": seed, "step": step, "steps": steps, "perception": perception})
+
+    model = warm_start(study.world, study.warm_start, seed=seed, device=study.device, on_progress=tell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    result = {
+        "rates": rates(study, model),
+        "cpu_seconds": time.process_time() - started,
+    }
+    on_event({"who": "warm start", "seed": seed, "step": steps, "steps": steps})
+    return _keep(path, identity, result)
+
+
+def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) -> dict[str, Any]:
+    """Return the rates of each split before and after training, the learning curve, mean weights and CPU seconds."""
+    path = study.out / "runs" / f"{name}-seed{seed}.json"
+    identity = study.identity(seed, method)
+    steps = study.train.steps
+    if (found := _find(path, identity)) is not None:
+        on_event({"who": name, "seed": seed, "step": steps, "steps": steps, "found": True, **found["curve"][-1]})
+        return found
+    started = time.process_time()
+    before = prepare(study, seed, lambda event: None)
+    model = load(study.out / "warm_start" / f"seed{seed}.pt", study.device)
+    curve: list[dict[str, float]] = [{"step": 0, "conflict": before["rates"]["conflict"]["answer"]}]
+    mean_weights_before = mean_weights(study, model, method)
+    rewards = []
+
+    def tell(step: int, metrics: dict[str, float]) -> None:
+        rewards.append(metrics["reward"])
+        reward = sum(rewards[-10:]) / len(rewards[-10:])
+        event = {"who": name, "seed": seed, "step": step, "steps": steps, "reward": reward}
+        if step % study.evaluate_every == 0 or step == steps:
+            size = study.evaluation_size // 2
+            event["conflict"] = evaluate(model, study.world, "conflict", n=size, seed=HELD_OUT + 1)["answer"]
+            curve.append({"step": step, "reward": reward, "conflict": event["conflict"]})
+        on_event(event)
+
+    train(model, study.world, method, study.train, seed=seed, on_step=tell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    result = {
+        "method": name,
+        "seed": seed,
+        "rates": {"before": before["rates"], "after": rates(study, model)},
+        "curve": curve,
+        "mean_weights": {"before": mean_weights_before, "after": mean_weights(study, model, method)},
+        "cpu_seconds": time.process_time() - started,
+    }
+    return _keep(path, identity, result)
+
+
+def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
+    """Return the exact rates of each split, on the same problems for every model."""
+    return {split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT) for split in SPLITS}
+
+
+def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:
+    """Return a method's mean weight on the digits and on the filler words of a perception, over fresh live groups."""
+    if not isinstance(method, SRPO):  # another method: nothing that could be weighed this way
+        return {}
+    config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
+    batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
+    weights, token_ids = method.credit(model, batch).weights, batch.token_ids
+    perceived = batch.segmentation.roles == int(Role.PERCEPTION)
+    kinds = {"digits": (token_ids >= ZERO) & (token_ids < ZERO + 10), "filler": token_ids >= FIRST_FILLER}
+    return {kind: weights[perceived & tokens].mean().item() for kind, tokens in kinds.items()}
+
+
+def load(path: Path, device: str = "cpu") -> TinyVLM:
+    model = TinyVLM().to(device)
+    model.load_state_dict(torch.load(path, map_location=device))
+    return model
+
+
+def _find(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["result"] if kept["identity"] == json.loads(json.dumps(identity)) else None
+
+
+def _keep(path: Path, identity: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    # Renamed when complete, so that an interrupted run leaves no half of a result.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"identity": identity, "result": result}, indent=1))
+    partial.rename(path)
+    return result
+
+
+_events: Any = None  # in a worker: the queue to the parent
+
+
+def _start_worker(events: Any) -> None:
+    global _events
+    _events = events
+    torch.set_num_threads(1)
+
+
+def _work(task: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    return task(*args, _events.put)
+
+
+def _pass_on(events: Any, on_event: Listener) -> None:
+    while True:
+        try:
+            on_event(events.get_nowait())
+        except queue.Empty:
+            return

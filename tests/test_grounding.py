@@ -1,0 +1,383 @@
+"""The grounding benchmark: is its world true, are its metrics exact, is its trainer what it claims to be?"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+from rich.console import Console
+from torch import Generator, Tensor
+
+from benchmarks.grounding.demo import demonstrate
+from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.runs import Study, run_all
+from benchmarks.grounding.train import (
+    METHODS,
+    SRPO,
+    Batch,
+    TrainConfig,
+    log_probs_of,
+    roll_out,
+    train,
+    with_corrupted_image,
+    with_other_perception,
+)
+from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
+from benchmarks.grounding.world import (
+    BACKGROUND,
+    COLOURS,
+    EOS,
+    GRID,
+    ID,
+    PAD,
+    PATCH,
+    PLACES,
+    RGB,
+    SPLITS,
+    PriorClash,
+    Problems,
+    measure,
+    read,
+    reward,
+    to_words,
+)
+from srpo_core import Role, grpo_loss, srpo_loss
+
+WORLD = PriorClash(filler=1)
+BRIEF = WarmStartConfig(max_steps=80, batch_size=24)  # learns the format of a response and little else
+TINY = TrainConfig(steps=2, prompts=6, group_size=4)
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def writer() -> TinyVLM:
+    return warm_start(WORLD, BRIEF, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- world
+
+
+def recount(image: Tensor) -> list[int]:
+    """How many cells hold each colour, from the pixels: the palette colour that the drawn pixels point to."""
+    cells = rearrange(image, "c (row down) (column right) -> (row column) (down right) c", row=GRID, column=GRID)
+    counts = [0] * len(COLOURS)
+    for pixels in cells:
+        drawn = pixels[(pixels - BACKGROUND).abs().max(1).values > 0.1]
+        if len(drawn) > 0:
+            tint = drawn.mean(0)
+            similarity = torch.nn.functional.cosine_similarity(tint[None], RGB)
+            counts[similarity.argmax()] += 1
+    return counts
+
+
+@pytest.mark.parametrize("split", ["train", "aligned", "neutral", "conflict", "swapped", "low_contrast"])
+def test_the_image_shows_what_the_truth_says(split):
+    problems = PriorClash(pixel_noise=0.0).sample(40, split, seeded())
+    assert problems.images.shape == (40, 3, GRID * PATCH, GRID * PATCH)
+    for image, colours, counts in zip(problems.images, problems.colours, problems.counts, strict=True):
+        image = BACKGROUND + (image - BACKGROUND) / 0.6 if split == "low_contrast" else image
+        found = recount(image)
+        assert [found[colour] for colour in colours] == counts.tolist()
+
+
+def test_a_blind_image_shows_nothing():
+    problems = PriorClash(pixel_noise=0.0).sample(8, "blind", seeded())
+    assert (problems.images == BACKGROUND).all()
+    assert problems.answers.float().mean() > 1
+
+
+def test_the_shifted_split_draws_other_shapes_and_tints():
+    usual, shifted = (PriorClash(pixel_noise=0.0).sample(64, split, seeded()) for split in ("conflict", "shifted"))
+
+    def filled(problems: Problems) -> set[int]:
+        drawn = ((problems.images - BACKGROUND).abs() > 1e-3).any(1)
+        cells = rearrange(drawn, "n (row down) (column right) -> (n row column) (down right)", down=PATCH, right=PATCH)
+        return set(cells.sum(1).tolist()) - {0}
+
+    assert not filled(usual) & filled(shifted)
+    assert torch.equal(usual.counts, shifted.counts)
+
+
+def test_questions_name_what_they_ask_and_suggest_what_the_split_says():
+    for split in SPLITS:
+        problems = WORLD.sample(60, split, seeded(1))
+        shortcuts = problems.shortcut.tolist()
+        for question, colours, shortcut in zip(problems.questions, problems.colours.tolist(), shortcuts, strict=True):
+            words = to_words(question)
+            assert [words[1], words[3]] == [COLOURS[colour] for colour in colours]
+            assert words[5] == (PLACES[shortcut] if shortcut >= 0 else "picture")
+        if split != "swapped":  # there the suggestion is true of another image
+            right = (problems.shortcut == problems.answers).float().mean().item()
+            assert right == (1.0 if split == "aligned" else 0.0)
+        assert problems.images.min() >= 0
+        assert problems.images.max() <= 1
+    mixture = WORLD.sample(2000, "train", seeded(2))
+    assert (mixture.shortcut == mixture.answers).float().mean() == pytest.approx(WORLD.shortcut_right, abs=0.04)
+
+
+# -------------------------------------------------------------------------------------------------- reading and metrics
+
+RIGHT = "<perception> so red 3 well blue 2 </perception> <think> 3 plus 2 is 5 </think> <answer> 5 </answer> <eos>"
+
+
+def responses(*texts: str) -> Tensor:
+    rows = [[ID[word] for word in text.split()] for text in texts]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+
+def red_and_blue(n: int, *, shortcut: int = 4) -> Problems:
+    """Questions about three red and two blue shapes."""
+    return Problems(
+        images=torch.zeros(n, 3, 32, 32),
+        questions=torch.zeros(n, 7, dtype=torch.long),
+        colours=torch.tensor([[0, 2]] * n),
+        counts=torch.tensor([[3, 2]] * n),
+        shortcut=torch.full((n,), shortcut),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "well_formed", "counts", "answer"),
+    [
+        (RIGHT, True, [3, 2], 5),
+        (RIGHT.replace("red 3 well blue 2", "blue 2 red 3"), True, [3, 2], 5),
+        (RIGHT.replace("<answer> 5", "<answer> 4"), True, [3, 2], 4),
+        (RIGHT.replace("red 3", "red so"), True, [-1, 2], 5),
+        (RIGHT.replace("red 3", "green 3"), True, [-1, 2], 5),
+        (RIGHT.replace("<answer> 5", "<answer> red"), False, [3, 2], -1),
+        (RIGHT.replace("<answer> 5 </answer>", "<answer> 5 5 </answer>"), False, [3, 2], -1),
+        (RIGHT.replace(" </think>", ""), False, [3, 2], -1),
+        (RIGHT.replace(" <eos>", " so"), False, [3, 2], -1),
+        ("so " + RIGHT, False, [3, 2], -1),
+        ("<perception> red 3 </perception> <think> blue 2 </think> <answer> 5 </answer> <eos>", True, [3, -1], 5),
+    ],
+)
+def test_reading_hand_written_responses(text, well_formed, counts, answer):
+    reading = read(responses(text), torch.tensor([[0, 2]]))
+    assert reading.well_formed.tolist() == [well_formed]
+    assert reading.counts.tolist() == [counts]
+    assert reading.answer.tolist() == [answer]
+
+
+def test_metrics_tell_grounded_from_lucky():
+    grounded, lucky = RIGHT, RIGHT.replace("red 3", "red 2")
+    bad_thinking, both_wrong = RIGHT.replace("<answer> 5", "<answer> 4"), lucky.replace("<answer> 5", "<answer> 1")
+    rates = measure(responses(grounded, grounded, lucky, bad_thinking, both_wrong), red_and_blue(5))
+    assert rates["grounded"] == pytest.approx(0.4)
+    assert [rates[kind] for kind in ("lucky", "bad_thinking", "both_wrong")] == pytest.approx([0.2] * 3)
+    assert rates["answer"] == pytest.approx(0.6)
+    assert rates["perception"] == pytest.approx(0.6)
+    assert rates["count"] == pytest.approx(0.8)
+    assert rates["bias"] == pytest.approx(0.2)  # the bad thinking, which says 4
+    assert rates["consistent"] == pytest.approx(0.4)  # 2 + 2 is neither 5 nor 1
+    assert rates["well_formed"] == 1.0
+
+
+def test_the_reward_is_for_the_answer_alone():
+    texts = RIGHT, RIGHT.replace("red 3", "red 0"), RIGHT.replace("<answer> 5", "<answer> 4"), RIGHT[:-6]
+    assert reward(responses(*texts), red_and_blue(4)).tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_demonstrations_err_as_often_as_told():
+    problems = WORLD.sample(1500, "conflict", seeded())
+    perfect = measure(WORLD.demonstrate(problems, seeded(), misread=0.0, shortcut=0.0), problems)
+    assert perfect["grounded"] == perfect["well_formed"] == 1.0
+    lazy = measure(WORLD.demonstrate(problems, seeded(), misread=0.0, shortcut=0.5), problems)
+    assert lazy["bias"] == pytest.approx(0.5, abs=0.05)
+    assert lazy["perception"] == 1.0
+    # A slip off the end of the scale is no slip, hence 1 - 0.3 * (1 - 1/5).
+    careless = measure(WORLD.demonstrate(problems, seeded(), misread=0.3, shortcut=0.0), problems)
+    assert careless["count"] == pytest.approx(0.76, abs=0.04)
+    assert careless["consistent"] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("generator", [seeded(3), None], ids=["sampled", "greedy"])
+def test_generated_log_probs_are_those_of_a_full_pass(generator):
+    torch.manual_seed(0)
+    model, problems = TinyVLM(), WORLD.sample(5, "train", seeded())
+    rollouts = model.generate(problems.images, problems.questions, max_tokens=20, group_size=3, generator=generator)
+    full = log_probs_of(model, problems.repeat(3), rollouts.token_ids)
+    torch.testing.assert_close(rollouts.log_probs[rollouts.mask], full[rollouts.mask], atol=1e-5, rtol=0)
+
+
+def test_generation_stops_at_the_end(writer):
+    problems = WORLD.sample(16, "train", seeded())
+    token_ids, mask, _ = writer.generate(
+        problems.images, problems.questions, max_tokens=40, group_size=2, generator=seeded(4)
+    )
+    ended = (token_ids == EOS) & mask
+    assert ended.any(1).float().mean() > 0.5
+    assert (ended.sum(1) <= 1).all()
+    assert (token_ids[~mask] == PAD).all()
+    assert torch.equal(mask, ended.int().cumsum(1) - ended.int() == 0)
+
+
+def test_hidden_tokens_cannot_be_attended():
+    torch.manual_seed(0)
+    model, problems = TinyVLM(), WORLD.sample(2, "train", seeded())
+    token_ids = WORLD.demonstrate(problems, seeded(), misread=0.0, shortcut=0.0)
+    visible = torch.ones_like(token_ids, dtype=torch.bool)
+    everything = model(problems.images, problems.questions, token_ids, visible)
+    torch.testing.assert_close(everything, model(problems.images, problems.questions, token_ids))
+    visible[:, 5] = False
+    changed = token_ids.clone()
+    changed[:, 5] = ID["?"]
+    hidden, hidden_changed = (model(problems.images, problems.questions, ids, visible) for ids in (token_ids, changed))
+    # The logits at a place are predicted from the tokens before it: place 6 is the hidden token's own prediction.
+    torch.testing.assert_close(hidden[:, 7:], hidden_changed[:, 7:])
+    assert not torch.allclose(hidden[:, 7:], everything[:, 7:])
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def plain_grpo(model: TinyVLM, batch: Batch):
+    """GRPO as one would write it without this package's weights: the same credit for every token."""
+
+    def loss_of(log_probs: Tensor, rows: Tensor):
+        advantages = batch.advantages[rows][:, None].expand_as(log_probs)
+        return grpo_loss(
+            log_probs, batch.old_log_probs[rows], advantages, batch.mask[rows], normalizer=batch.normalizer
+        )
+
+    return loss_of
+
+
+def srpo_of_no_strength(model: TinyVLM, batch: Batch):
+    """All of SRPO's passes, at strength 0."""
+    corrupted, replaced = with_corrupted_image(model, batch), with_other_perception(model, batch)
+    assert not torch.equal(corrupted, batch.old_log_probs)
+    assert not torch.equal(replaced, batch.old_log_probs)
+
+    def loss_of(log_probs: Tensor, rows: Tensor):
+        return srpo_loss(
+            log_probs,
+            batch.old_log_probs[rows],
+            corrupted[rows],
+            replaced[rows],
+            batch.segmentation.roles[rows],
+            batch.advantages[rows],
+            batch.mask[rows],
+            strength=0.0,
+            normalizer=batch.normalizer,
+        )
+
+    return loss_of
+
+
+def trace(start: TinyVLM, method) -> list[Tensor]:
+    """Every loss and gradient of two steps, and the parameters after them."""
+    model = TinyVLM()
+    model.load_state_dict(start.state_dict())
+    seen: list[Tensor] = []
+
+    def listening(model: TinyVLM, batch: Batch):
+        loss_of = method(model, batch)
+
+        def heard(log_probs: Tensor, rows: Tensor):
+            output = loss_of(log_probs, rows)
+            gradients = torch.autograd.grad(output.loss, list(model.parameters()), retain_graph=True)
+            seen.extend([output.loss.detach(), *gradients])
+            return output
+
+        return heard
+
+    train(model, WORLD, listening, TINY, seed=0)
+    return [*seen, *(parameter.detach() for parameter in model.parameters())]
+
+
+@pytest.fixture(scope="module")
+def grpo_trace(writer) -> list[Tensor]:
+    return trace(writer, plain_grpo)
+
+
+@pytest.mark.parametrize("method", [METHODS["grpo"], srpo_of_no_strength], ids=["grpo", "strength 0"])
+def test_no_strength_is_grpo_bit_for_bit(writer, grpo_trace, method):
+    found = trace(writer, method)
+    assert len(found) == len(grpo_trace)
+    assert all(torch.equal(a, b) for a, b in zip(found, grpo_trace, strict=True))
+
+
+def test_srpo_is_not_grpo(writer, grpo_trace):
+    found = trace(writer, METHODS["srpo"])
+    assert any(not torch.equal(a, b) for a, b in zip(found, grpo_trace, strict=True))
+
+
+def test_a_batch_holds_live_groups_only(writer):
+    batch, metrics = roll_out(writer, WORLD, replace(TINY, prompts=24), seeded(1), 1)
+    assert 0 < len(batch.token_ids) < 24 * 4
+    assert metrics["live"] == len(batch.token_ids) / (24 * 4)
+    assert (batch.advantages != 0).all()
+    for group in batch.group_ids.unique():
+        assert batch.advantages[batch.group_ids == group].sum() == pytest.approx(0.0, abs=1e-5)
+    assert (batch.old_log_probs <= 0).all()
+
+
+def test_the_contexts_leave_what_they_must(writer):
+    batch, _ = roll_out(writer, WORLD, replace(TINY, prompts=24), seeded(1), 1)
+    roles = batch.segmentation.roles
+    replaced = with_other_perception(writer, batch)
+    perception = roles == int(Role.PERCEPTION)
+    assert torch.equal(replaced[perception], batch.old_log_probs[perception])
+    corrupted = with_corrupted_image(writer, batch)
+    assert not torch.equal(corrupted[perception], batch.old_log_probs[perception])
+    assert torch.equal(corrupted, with_corrupted_image(writer, batch))
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Study:
+    out = tmp_path_factory.mktemp("demo")
+    return Study(out, WORLD, BRIEF, TINY, evaluation_size=32, evaluate_every=1)
+
+
+@pytest.fixture(scope="module")
+def summary(study) -> dict:
+    return demonstrate(study, ["grpo", "srpo"], [0], workers=1, console=Console(quiet=True))
+
+
+def test_the_demo_writes_its_summary(study, summary):
+    written = json.loads((study.out / "summary.json").read_text())
+    assert written["methods"].keys() == {"grpo", "srpo"}
+    for method in written["methods"].values():
+        assert method.keys() == set(SPLITS)
+        for accuracies in method.values():
+            assert 0.0 <= accuracies["before"] <= 1.0
+            assert 0.0 <= accuracies["after"] <= 1.0
+    befores = [{split: accuracy["before"] for split, accuracy in m.items()} for m in written["methods"].values()]
+    assert befores[0] == befores[1]
+    assert written["seeds"] == [0]
+    assert {"python", "torch", "srpo-core"} <= written["versions"].keys()
+    assert written["seconds"]["wall"] > 0
+    assert (study.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (study.out / "weights.html").read_text()
+    assert "http" not in page
+    assert page.count("<article>") == page.count("data:image/png;base64,") > 0
+
+
+def test_finished_runs_are_found_and_others_are_not(study, summary):
+    def found(study: Study) -> set[str]:
+        events = []
+        run_all(study, METHODS, [0], on_event=events.append)
+        return {event["who"] for event in events if event.get("found")}
+
+    assert found(study) == {"warm start", "grpo", "srpo"}
+    assert found(replace(study, train=replace(TINY, learning_rate=1e-4))) == {"warm start"}
+
+
+def test_a_seed_determines_everything(study, summary, tmp_path):
+    # In processes of their own: what a run gives must not depend on what ran before it.
+    elsewhere = replace(study, out=tmp_path)
+    again = run_all(elsewhere, {"srpo": SRPO()}, [0], workers=2, on_event=lambda event: None)[0]
+    first = json.loads((study.out / "runs" / "srpo-seed0.json").read_text())["result"]
+    assert {**again, "cpu_seconds": 0} == {**first, "cpu_seconds": 0}
