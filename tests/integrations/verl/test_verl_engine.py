@@ -269,6 +269,38 @@ def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
     assert moved == 13  # all but the two broken ones
 
 
+@pytest.mark.parametrize(
+    ("layout", "batches"),
+    [
+        ({"use_remove_padding": True}, [1, 1]),
+        ({"use_dynamic_bsz": True, "max_token_len_per_gpu": 512}, [5, 6, 5]),
+    ],
+    ids=["packed", "dynamic"],
+)
+def test_other_layouts_of_a_micro_batch_give_the_same(parts, run_step, monkeypatch, layout, batches):
+    """Rows packed into one sequence, and micro-batches filled by length: as users train, here with SDPA."""
+    usual, seen = run_step(), []
+    score, prepare = SRPOWorker._score, parts.worker.engine.prepare_model_inputs
+
+    def score_in_layout(self, data):
+        tu.assign_non_tensor(data, **layout)
+        seen.clear()
+        return score(self, data)
+
+    def prepare_and_watch(*args, **kwargs):
+        inputs, rest = prepare(*args, **kwargs)
+        seen.append(len(inputs["input_ids"]))
+        return inputs, rest
+
+    monkeypatch.setattr(SRPOWorker, "_score", score_in_layout)
+    monkeypatch.setattr(parts.worker.engine, "prepare_model_inputs", prepare_and_watch)
+    step = run_step(changes=lambda key, row: {})
+    assert seen == batches
+    for row, before in zip(step.rows, usual.rows, strict=True):
+        for key in ("srpo_corrupted_log_probs", "srpo_counterfactual_log_probs"):
+            torch.testing.assert_close(row[key], before[key], atol=1e-5, rtol=0)
+
+
 def test_corrupted_rows_score_as_they_do_alone(parts, run_step):
     step = run_step()
     config = SRPOConfig()
