@@ -216,7 +216,7 @@ def _padded(rows: Sequence[NDArray[Any] | None], mask: Tensor, dtype: torch.dtyp
 # Summarising
 
 # Weights are counted on a grid of equal ratios with 1 on it, scores on one of equal steps of asinh with 0 on it: a
-# quantile read off either is exact to 0.3 % of its value, whatever the number of tokens.
+# quantile read off either lies between two values that are exact to 0.3 %, whatever the number of tokens.
 _WEIGHT_STEPS, _WEIGHT_REACH = 128, 8  # steps to a factor of 2, and factors of 2 up and down
 _SCORE_STEPS, _SCORE_REACH, _SCORE_UNIT = 200, 12, 1e-3
 _WEIGHT_GRID = 2.0 ** (np.arange(-_WEIGHT_REACH * _WEIGHT_STEPS, _WEIGHT_REACH * _WEIGHT_STEPS + 1) / _WEIGHT_STEPS)

@@ -40,6 +40,7 @@ __all__ = ["fault", "report_files", "report_rollouts"]
 _MAX_BYTES = 5_000_000
 _IMAGE_SHARE = 0.4  # of the page
 _IMAGE_SIDE = 384  # pixels
+_IMAGE_BYTES = 50_000  # beyond, it is compressed
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 _BARS = 64  # of a histogram
 _ROLE_LETTER = {Role.OTHER: "O", Role.PERCEPTION: "P", Role.REASONING: "R"}
@@ -443,7 +444,8 @@ def _data_uri(path: Path) -> str | None:
     else:
         try:
             with Image.open(io.BytesIO(content)) as image:
-                if max(image.size) > _IMAGE_SIDE:
+                image.load()
+                if max(image.size) > _IMAGE_SIDE or len(content) > _IMAGE_BYTES:
                     image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
                     smaller = io.BytesIO()
                     image.convert("RGB").save(smaller, "JPEG", quality=82)

@@ -1,0 +1,283 @@
+"""Every command on a good file and on a malformed one; what a model writes steers neither page nor terminal."""
+
+import html.parser
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rollout_files import HOSTILE, add_malformed, write_rollouts
+from typer.testing import CliRunner
+
+from srpo_core import cli, commands
+from srpo_core.commands import app, heat_text
+from srpo_core.report import report_rollouts
+from srpo_core.report.colors import REACH, SCALES, TEXT
+from srpo_core.rollouts import Rollout, RolloutWriter, read_rollouts
+
+runner = CliRunner()
+
+
+def srpo(*arguments, code=0):
+    """Output and errors of a command, lines unwrapped."""
+    result = runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setattr(commands.out, "width", 200)
+    monkeypatch.setattr(commands.err, "width", 200)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_rollouts(tmp_path / "rollouts.jsonl")
+
+
+COMMANDS = {
+    "report": lambda file: ["report", file, "-o", file.with_suffix(".html")],
+    "show": lambda file: ["show", file, "--index", "1"],
+    "segment": lambda file: ["segment", file],
+    "weights": lambda file: ["weights", file, "--strength", "0.5"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_good_file_is_served(command, file):
+    result = srpo(*COMMANDS[command](file))
+    assert result.stdout
+    assert "malformed line" not in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_malformed_lines_are_named_and_the_good_ones_kept(command, file):
+    good = srpo(*COMMANDS[command](file)).stdout
+    first, last = add_malformed(file)
+    result = srpo(*COMMANDS[command](file), code=1)
+    assert f"{file}, line {first}: not JSON:" in result.stderr
+    if command == "show":  # stops reading at what it shows: the line before is the only one it met
+        assert "1 malformed line left out" in result.stderr
+    else:
+        assert f"{file}, line {last}: 'log_probs' is no field of a rollout" in result.stderr
+        assert "2 malformed lines left out" in result.stderr
+    assert result.stdout
+    assert result.stdout != good or command == "report"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_strict_stops_at_the_first_one(command, file):
+    first, _ = add_malformed(file)
+    result = srpo(*COMMANDS[command](file), "--strict", code=1)
+    assert f"Error: {file}, line {first}: not JSON:" in result.stderr
+    assert result.stdout == ""
+    assert not file.with_suffix(".html").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_with_nothing_to_read_is_an_error(command, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    if command == "segment":
+        assert "0 of 0 responses parse" in srpo("segment", empty).stdout
+    else:
+        assert "readable responses" in srpo(*COMMANDS[command](empty), code=1).stderr
+    missing = tmp_path / "missing.jsonl"
+    assert "does not exist" in srpo(*COMMANDS[command](missing), code=2).output
+
+
+def test_the_report_says_what_it_shows(file):
+    page = file.with_suffix(".html")
+    output = srpo("report", file, "-o", page, "--sample", "10", "--title", "Run <7>").stdout
+    assert "46 of " in output
+    assert "of the weighted ones" in output
+    data = data_of(page)
+    assert data["counts"]["responses"] == 46
+    assert data["sample"]["shown"] == len(data["rows"]) == 10
+    assert "<title>Run &lt;7&gt;</title>" in page.read_text()
+    assert data["metrics"]["weight/perception/mean"] > 0
+
+
+def data_of(page):
+    text = page.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+class Elements(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_no_response_can_inject_markup(tmp_path):
+    """With hostile text in every field the page has the same elements as without."""
+
+    def elements(texts):
+        tags = ("<perception>", "</perception>")
+        rollouts = [
+            Rollout(
+                text=tags[0] + text + tags[1],
+                starts=np.array([0, 12, 12 + len(text)]),
+                ends=np.array([12, 12 + len(text), 25 + len(text)]),
+                **dict.fromkeys(("prompt", "reference", "image", "id", "group"), text),
+                extra={text: text},
+            )
+            for text in texts
+        ]
+        report_rollouts(rollouts, tmp_path / "page.html")
+        parser = Elements()
+        parser.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
+        return [(tag, attributes) for tag, attributes in parser.found], data_of(tmp_path / "page.html")
+
+    plain, _ = elements(["cat"] * len(HOSTILE))
+    hostile, data = elements([*HOSTILE[:-1], "\ud800"])
+    assert hostile == plain
+    assert [tag for tag, _ in hostile].count("script") == 2
+    assert not [a for _, attributes in hostile for a in attributes if a.startswith("on") or a in ("src", "href")]
+    assert [row["tokens"][1] for row in data["rows"]] == [*HOSTILE[:-1], "?"]
+
+
+def test_the_page_stays_small_and_says_so(tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        for row in pixels:
+            writer.write([["word "] * 900], images=[Image.fromarray(row)])
+    srpo("report", tmp_path / "r.jsonl", "-o", tmp_path / "r.html", "--max-megabytes", "0.5")
+    assert 250_000 < (tmp_path / "r.html").stat().st_size < 500_000
+    sample = data_of(tmp_path / "r.html")["sample"]
+    assert 0 < sample["shown"] < 40
+    assert sample["shown"] + sample["tooLarge"] == sample["total"] == 40
+    assert sample["images"] > 0
+    assert sample["images"] + sample["imagesLeftOut"] == sample["shown"]
+
+
+def test_only_images_are_embedded(tmp_path):
+    (tmp_path / "secret.txt").write_text("password")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "drawing.svg").write_text("<svg onload='alert(1)'/>")
+    names = ["secret.txt", "torn.png", "drawing.svg", "absent.png", "\0"]
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a"]] * len(names), images=names)
+    srpo("report", tmp_path / "r.jsonl", "-o", tmp_path / "r.html")
+    data = data_of(tmp_path / "r.html")
+    assert data["images"] == {}
+    assert data["sample"]["imagesMissing"] == len(names)
+
+
+def test_show_has_the_text_its_weights_and_its_facts(file):
+    output = srpo("show", file, "--index", "1", "--table").stdout
+    (_, rollout, *_) = read_rollouts(file)
+    assert rollout.text in output
+    assert "how many?" in output
+    assert "perception " in output
+    assert output.count("reasoning") >= 4
+    broken = srpo("show", file, "--index", "36").stdout
+    assert "malformed: a block opens inside another" in broken
+    assert "has fewer than 1000 readable responses" in srpo("show", file, "--index", "999", code=1).stderr
+
+
+def test_the_terminal_shows_the_colours_of_the_page():
+    text = heat_text(["a", "b", "c"], np.array([1.0, 4.0, 0.25]), theme="light")
+    assert text.plain == "abc"
+    styles = {span.start: span.style for span in text.spans}
+    assert 0 not in styles  # the middle keeps the terminal's own colours
+    for start, shade in ((1, 2 * REACH), (2, 0)):
+        assert styles[start].bgcolor.triplet == SCALES["light"][shade]
+        assert styles[start].color.triplet == TEXT["light"]
+
+
+def test_no_text_steers_the_terminal(file):
+    for index in range(38, 46):
+        for by in ("weight", "score"):
+            output = srpo("show", file, "--index", str(index), "--by", by, "--table").stdout
+            assert not set(output) & {"\x1b", "\x07", "\r", "\u202e", "\u2028"}
+    assert "[bold red]markup[/bold red]" in srpo("show", file, "--index", "43").stdout
+
+
+def test_segment_points_at_the_fault(tmp_path):
+    responses = {
+        "unclosed": "<perception>a",
+        "stray_close": "<perception>a</perception></think>",
+        "crossed": "<perception>猫\n<think>b</perception></think>",
+    }
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([[text] for text in responses.values()])
+    lines = srpo("segment", tmp_path / "r.jsonl").stdout.split("\n")
+    assert lines[0] == "0 of 3 responses parse (0.0 %)"
+    for reason, column in (("unclosed", 0), ("stray_close", 26), ("crossed", 22)):
+        at = next(number for number, line in enumerate(lines) if f"  {reason}: " in line)
+        wide = 1 if reason == "crossed" else 0  # the caret stands under what a wide character shifts
+        assert lines[at + 3].index("^") == 2 + column + wide
+    other = ["--perception", "<d>", "</d>", "--reasoning", "<perception>", "</perception>"]
+    assert "no_perception" in srpo("segment", tmp_path / "r.jsonl", *other).stdout
+    same = srpo("segment", tmp_path / "r.jsonl", "--perception", "<think>", "</think>", code=1)
+    assert "each tag must mean one thing" in same.stderr
+
+
+def test_weights_tries_options_on_recorded_log_probs(file):
+    output = srpo("weights", file, "--strength", "0", "-o", file.with_name("new.jsonl")).stdout
+    row = next(line for line in output.split("\n") if line.startswith("weight/perception/p95"))
+    assert row.split()[2] == "1.0000" != row.split()[1]
+    new = list(read_rollouts(file.with_name("new.jsonl")))
+    assert len(new) == 46
+    assert all((rollout.weights == 1).all() for rollout in new)
+    assert [rollout.text for rollout in new] == [rollout.text for rollout in read_rollouts(file)]
+    # The new file is compared with what it records.
+    assert "recorded" in srpo("weights", file.with_name("new.jsonl")).stdout
+    assert "write to another" in srpo("weights", file, "-o", file, code=1).stderr
+    assert "bound must be above 0" in srpo("weights", file, "--bound", "0", code=1).stderr
+    assert "2 responses have neither" in output
+
+
+def test_doctor_names_versions_and_what_is_missing(monkeypatch):
+    output = srpo("doctor").stdout
+    assert "the loss on" in output
+    for name in ("torch", "trl", "verl", "openrlhf"):
+        assert any(line.startswith(name) for line in output.split("\n"))
+    monkeypatch.setattr(commands, "requires", lambda name: ["torch>=99", "nothing-of-this-name>=1; extra == 'trl'"])
+    output = srpo("doctor").stdout
+    assert "not supported" in next(line for line in output.split("\n") if line.startswith("torch"))
+    assert "not installed (for TRL)" in output
+
+
+def test_demo_runs_in_a_checkout_and_says_where_it_is_elsewhere(monkeypatch, tmp_path):
+    ran = []
+
+    def run(command, **options):
+        ran.append((command, options))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    module = tmp_path / "srpo_core" / "commands.py"
+    monkeypatch.setattr(commands, "__file__", str(module))
+    assert "in a checkout of srpo_core run `make demo`" in srpo("demo", code=1).stderr
+    (tmp_path / "benchmarks" / "grounding").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "grounding" / "demo.py").touch()
+    srpo("demo", "--seeds", "1", code=3)
+    assert ran == [
+        (
+            [sys.executable, "-m", "benchmarks.grounding.demo", "--seeds", "1"],
+            {"cwd": tmp_path.resolve(), "check": False},
+        )
+    ]
+
+
+def test_without_its_packages_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "srpo_core.commands")
+    with pytest.raises(SystemExit, match="needs typer, which is not installed: pip install 'srpo-core.cli.'"):
+        cli.main()
+
+
+def test_the_core_needs_none_of_them():
+    blocked = ("typer", "rich", "orjson", "PIL", "jsonschema", "packaging")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import srpo_core.rollouts, srpo_core.report"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
