@@ -226,12 +226,12 @@ def segment_roles(
     is_eos = mask & _is_any(token_ids, eos_token_id)
     finished = _last_is(is_eos, mask)
 
-    # The tags alone, one after another: column n holds the n-th tag of a response, column 0 and the rest hold 0.
+    # The tags alone, one after another: column n holds the n-th tag of a response, column 0 and the rest hold 0. All
+    # other tokens write their 0 to the last column.
     count = is_tag.cumsum(dim=1)
     batch, time = token_ids.shape
-    spare = time + 3  # where tokens that are no tags are sent
-    tags = codes.new_zeros(batch, time + 4).scatter(1, torch.where(is_tag, count, spare), codes)
-    before, now, after = tags[:, :-3], tags[:, 1:-2], tags[:, 2:-1]
+    tags = codes.new_zeros(batch, time + 3).scatter(1, torch.where(is_tag, count, time + 2), codes)
+    before, now, after = tags[:, :-2], tags[:, 1:-1], tags[:, 2:]
 
     # Before its first fault a response alternates open and close, so the tag before tells which block is open.
     nested = (now > 0) & (before > 0)
