@@ -45,7 +45,9 @@ def _check_command_line(configuration: ModuleType) -> None:
 
         from srpo_verl.options import check_config
 
-        check_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        # Nobody else's configuration is resolved early, or can fail here.
+        if OmegaConf.select(config, "trainer.v1.trainer_mode") == "srpo" or OmegaConf.select(config, "algorithm.srpo"):
+            check_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         return validate_config(config, *args, **kwargs)
 
     vars(configuration)["validate_config"] = validate_srpo_too

@@ -3,18 +3,19 @@
 # line with Ray: one and two workers, SRPO, strength 0, GRPO, and two runs that must fail. 15 to 30 minutes on two cores.
 #   bash tests/integrations/verl/run.sh [WORK]      WORK keeps logs and records; default: a temporary folder
 #   bash tests/integrations/verl/run.sh --tests     the environment and the tests inside one process only
+# VERL_VENV and BASE_PYTHON say where the environment is made, and of which Python (3.11 or newer).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
-venv=$root/.venv-verl
+venv=${VERL_VENV:-$root/.venv-verl}
 export PYTHON=$venv/bin/python OMP_NUM_THREADS=1
 
 if ! "$PYTHON" -c 'import verl, srpo_verl, pytest' 2>/dev/null; then
   "${BASE_PYTHON:-python3.11}" -m venv "$venv"
   # verl[cpu] would pin another torch.
   "$PYTHON" -m pip install --quiet --constraint "$root/constraints.txt" \
-    'verl>=0.9.1,<0.10' TransferQueue pyzmq msgspec cachetools fastapi uvicorn pytest hatchling editables \
-    einops jaxtyping beartype
+    'verl>=0.9.1,<0.10' TransferQueue pyzmq msgspec cachetools fastapi uvicorn \
+    torch einops jaxtyping beartype pytest hypothesis
   "$PYTHON" -m pip install --quiet --no-deps --editable "$root"
 fi
 

@@ -269,6 +269,24 @@ def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
     assert moved == 13  # all but the two broken ones
 
 
+def test_tool_outputs_stay_as_context(parts, run_step):
+    """Tokens of a response that the policy did not sample are read, and neither scored nor weighted."""
+
+    def with_tool(key, row):
+        mask = row["response_mask"].clone()
+        mask[len(mask) // 2 : len(mask) // 2 + 3] = 0
+        return {"response_mask": mask, "loss_mask": mask}
+
+    step = run_step(changes=with_tool)
+    _, changed = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
+    for number, row in enumerate(step.rows):
+        response = changed.token_ids[number][changed.attention_mask[number]]
+        torch.testing.assert_close(
+            row["srpo_counterfactual_log_probs"], one_by_one(parts, row, response), atol=1e-5, rtol=0
+        )
+        assert row["advantages"][~row["response_mask"].bool()].abs().sum() == 0
+
+
 @pytest.mark.parametrize(
     ("layout", "batches"),
     [
