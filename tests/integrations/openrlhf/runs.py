@@ -30,10 +30,7 @@ RUNS = {
         ["--srpo.strength", "1", "--ds.zero_stage", "2", "--actor.num_gpus_per_node", "2"],
     ),
     "strength 1, async": (SRPO, ["--srpo.strength", "1", "--train.async_enable"]),
-    "text, packed": (
-        SRPO,
-        ["--srpo.counterfactual", "drop", "--ds.packing_samples", "--ds.attn_implementation", "cpu_flash_attention"],
-    ),
+    "text, packed": (SRPO, ["--srpo.counterfactual", "drop", "--ds.packing_samples"]),
 }
 
 

@@ -29,7 +29,8 @@ def install():
     torch.manual_seed(0)
     # The real processor asks for a video processor, and that for torchvision, which does not load beside a CPU's torch.
     transformers.AutoProcessor.from_pretrained = TinyProcessor.from_pretrained
-    # OpenRLHF packs only with an attention that has "flash_attention" in its name.
-    attention, masks = transformers.AttentionInterface, transformers.masking_utils.AttentionMaskInterface
-    attention.register("cpu_flash_attention", attention()["sdpa"])
-    masks.register("cpu_flash_attention", masks()["sdpa"])
+    # OpenRLHF packs only with flash-attention. This one, too, tells packed sequences apart by their positions.
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    transformers.AutoModelForCausalLM.from_pretrained = lambda *args, **kwargs: load(
+        *args, **{**kwargs, "attn_implementation": "sdpa"}
+    )
