@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,7 +131,8 @@ def explain_weights(study: Study, name: str, method: SRPO, summary: dict[str, An
         )
     seed = summary["seeds"][0]
     model = load(study.out / "runs" / f"{name}-seed{seed}.pt", study.device)
-    specimens = find_specimens(model, study.world, method, seed=HELD_OUT)
+    config = replace(study.train, prompts=6 * study.train.prompts)  # lucky answers are rare
+    specimens = find_specimens(model, study.world, method, config, seed=HELD_OUT)
     write_heat_map(specimens, study.out / "weights.html")
     console.print("\n[bold]Weights of three responses[/bold] (orange: above 1, blue: below)")
     for specimen in specimens:
