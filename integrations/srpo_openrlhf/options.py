@@ -98,7 +98,7 @@ def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, list[str]]:
         )
         return SRPOConfig(tags=tags, **values), rest
     except ValueError as error:
-        parser.error(f"{_PREFIX}{error}")
+        parser.error(f"{_PREFIX}*: {error}")
 
 
 def dump_config(config: SRPOConfig) -> str:
