@@ -445,17 +445,36 @@ def _print_overview(summary: Summary) -> None:
 
 
 def _print_comparison(summaries: dict[str, Summary]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
-    table.add_column("")
-    for name in summaries:
-        table.add_column(name, justify="right")
-    both = [summary.metrics() for summary in summaries.values()]
-    # Other statistics do not depend on the options.
-    shown = ["advantage/cosine", "tokens/effective_fraction"]
-    shown += sorted(name for name in both[0].keys() | both[1].keys() if name.startswith(("weight/", "score/")))
-    for name in shown:
-        table.add_row(name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in both))
-    out.print(table)
+    """What the options change; the names are as everywhere, broken up into rows and columns."""
+    metrics = {name: summary.metrics() for name, summary in summaries.items()}
+    columns = {"mass": "mass", "mean": "mean", "p05": "5 %", "p50": "median", "p95": "95 %", "clipped": "clipped"}
+
+    def table(title: str, prefixes: dict[str, str], keys: list[str]) -> None:
+        drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for heading in (title, "", *(columns[key] for key in keys)):
+            drawn.add_column(heading, justify="left" if heading in (title, "") else "right")
+        for label, prefix in prefixes.items():
+            for number, (name, values) in enumerate(metrics.items()):
+                cells = [f"{values[at]:.3f}" if (at := f"{prefix}/{key}") in values else "" for key in keys]
+                if any(cells):
+                    drawn.add_row("" if number else label, name, *cells, style="" if number else "dim")
+        out.print(drawn)
+        out.print()
+
+    overall = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("", *metrics):
+        overall.add_column(heading, justify="right" if heading else "left")
+    for label, name in (("cosine to GRPO", "advantage/cosine"), ("effective tokens", "tokens/effective_fraction")):
+        overall.add_row(label, *(f"{values[name]:.4f}" if name in values else "" for values in metrics.values()))
+    out.print(overall)
+    out.print()
+    roles = {f"{name}{suffix}": f"{name}{path}" for name in ROLE_NAMES.values() for suffix, path in _ANSWERS.items()}
+    table("weight", {label: f"weight/{path}" for label, path in roles.items()}, ["mass", "mean", "p05", "p50", "p95"])
+    scores = {name: f"score/{name}" for name in ROLE_NAMES.values()}
+    table("score, nats", scores, ["mean", "p05", "p50", "p95", "clipped"])
+
+
+_ANSWERS = {"": "", ", right answers": "/right", ", wrong answers": "/wrong"}
 
 
 # Doctor

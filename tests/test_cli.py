@@ -224,8 +224,10 @@ def test_segment_points_at_the_fault(tmp_path):
 
 def test_weights_tries_options_on_recorded_log_probs(file):
     output = srpo("weights", file, "--strength", "0", "-o", file.with_name("new.jsonl")).stdout
-    row = next(line for line in output.split("\n") if line.startswith("weight/perception/p95"))
-    assert row.split()[2] == "1.0000" != row.split()[1]
+    lines = output.split("\n")
+    before = next(number for number, line in enumerate(lines) if line.startswith("perception, right answers"))
+    assert lines[before].split()[-1] > "1.000"
+    assert lines[before + 1].split() == ["these", "options", "1.000", "1.000", "1.000", "1.000"]
     new = list(read_rollouts(file.with_name("new.jsonl")))
     assert len(new) == 46
     assert all((rollout.weights == 1).all() for rollout in new)

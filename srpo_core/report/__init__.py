@@ -142,7 +142,8 @@ def _page(
 ) -> str:
     advantages = summary.advantages
     overview = _overview(summary, title)
-    template = {name: files("srpo_core.report").joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    folder = files("srpo_core.report")
+    template = {name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     style = template["css"] + "".join(_shades(theme) for theme in SCALES)
     fixed = sum(map(len, (*template.values(), style))) + len(_json(overview)) + 2000
 
