@@ -16,8 +16,11 @@ from srpo_core.diagnostics import credit_metrics
 from srpo_core.fused import (
     LogProbsAndEntropy,
     fused_linear_grpo_loss,
+    fused_linear_jsd,
+    fused_linear_kl,
     fused_linear_log_probs,
     fused_linear_log_probs_and_entropy,
+    fused_linear_srpo_loss,
 )
 from srpo_core.log_probs import token_divergence, token_entropy, token_log_probs
 from srpo_core.losses import (
@@ -64,8 +67,11 @@ __all__ = [
     "counterfactual_responses",
     "credit_metrics",
     "fused_linear_grpo_loss",
+    "fused_linear_jsd",
+    "fused_linear_kl",
     "fused_linear_log_probs",
     "fused_linear_log_probs_and_entropy",
+    "fused_linear_srpo_loss",
     "group_advantages",
     "grpo_loss",
     "gspo_surrogate",

@@ -5,6 +5,7 @@ states and lm_head need three, 6NHV. :func:`_sweep` needs no more: it turns a ch
 log-probs in place, asks how the loss depends on those, and multiplies on. Backward only scales what forward has made.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -15,14 +16,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srpo_core._masked import at_least_float32, masked_max, masked_mean
+from srpo_core.log_probs import full_kl, jsd
 from srpo_core.losses import KLEstimator, LossOutput, Reduction, Surrogate, aggregate, grpo_loss, token_losses
+from srpo_core.srpo import Scale, Score, step_credit
 from srpo_core.typechecking import choose, typechecked
+from srpo_core.weights import Baseline, Renormalization, Sign, WeightMap
 
 __all__ = [
     "LogProbsAndEntropy",
     "fused_linear_grpo_loss",
+    "fused_linear_jsd",
+    "fused_linear_kl",
     "fused_linear_log_probs",
     "fused_linear_log_probs_and_entropy",
+    "fused_linear_srpo_loss",
 ]
 
 Active = Literal["real", "credited"]
@@ -336,6 +343,271 @@ def fused_linear_grpo_loss(
     return LossOutput(loss, metrics)
 
 
+@typechecked
+def fused_linear_srpo_loss(
+    hidden: Float[Tensor, "batch time hidden_dim"],
+    lm_head: Float[Tensor, "vocab hidden_dim"],
+    token_ids: Int[Tensor, "batch time"],
+    old_log_probs: Float[Tensor, "batch time"],
+    corrupted_log_probs: Float[Tensor, "batch time"] | None,
+    counterfactual_log_probs: Float[Tensor, "batch time"] | None,
+    roles: Int[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    broken: Int[Tensor, " batch"] | None = None,
+    strength: float = 1.0,
+    visual_score: Score = "log_ratio",
+    consistency_score: Score = "log_ratio",
+    score_clip: float = 5.0,
+    visual_divergence: Float[Tensor, "batch time"] | None = None,
+    consistency_divergence: Float[Tensor, "batch time"] | None = None,
+    baseline: Baseline = "token",
+    weight_map: WeightMap = "exp_tanh",
+    renormalization: Renormalization = "trajectory",
+    scale: Scale = "fixed",
+    visual_scale: float = 1.0,
+    consistency_scale: float = 1.0,
+    bound: float = math.log(2.0),
+    sign: Sign = "symmetric",
+    mix: float = 1.0,
+    ref_log_probs: Float[Tensor, "batch time"] | None = None,
+    surrogate: Surrogate = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    max_ratio: float = 5.0,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    reduction: Reduction = "token_mean",
+    normalizer: float | Float[Tensor, ""] | None = None,
+    active: Active = "real",
+    active_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+    vocab_columns: int | None = None,
+    vocab_offset: int = 0,
+    vocab_reduce: VocabReduce | None = None,
+) -> LossOutput:
+    r"""SRPO's loss straight from hidden states: :func:`~srpo_core.srpo_loss` in one pass over the vocabulary.
+
+    The credit of :func:`~srpo_core.srpo_loss`, then :func:`fused_linear_grpo_loss`; `strength` 0 is its GRPO bit for
+    bit. A packed ``[1, tokens]`` batch holds many responses in a row, and credit is theirs: call
+    :func:`~srpo_core.srpo_advantages` on the padded log-probs and pack its advantages for
+    :func:`fused_linear_grpo_loss`.
+
+    Args:
+        hidden: See :func:`fused_linear_log_probs`.
+        lm_head: See :func:`fused_linear_log_probs`.
+        token_ids: See :func:`fused_linear_log_probs`.
+        old_log_probs: See :func:`~srpo_core.srpo_loss`.
+        corrupted_log_probs: See :func:`~srpo_core.srpo_loss`.
+        counterfactual_log_probs: See :func:`~srpo_core.srpo_loss`.
+        roles: See :func:`~srpo_core.srpo_loss`.
+        advantages: See :func:`~srpo_core.srpo_loss`.
+        mask: See :func:`~srpo_core.srpo_loss`.
+        bias: See :func:`fused_linear_log_probs`.
+        temperature: See :func:`fused_linear_log_probs`.
+        logit_softcap: See :func:`fused_linear_log_probs`.
+        broken: See :func:`~srpo_core.srpo_loss`.
+        strength: See :func:`~srpo_core.srpo_loss`.
+        visual_score: See :func:`~srpo_core.srpo_loss`.
+        consistency_score: See :func:`~srpo_core.srpo_loss`.
+        score_clip: See :func:`~srpo_core.srpo_loss`.
+        visual_divergence: See :func:`~srpo_core.srpo_loss`.
+        consistency_divergence: See :func:`~srpo_core.srpo_loss`.
+        baseline: See :func:`~srpo_core.srpo_loss`.
+        weight_map: See :func:`~srpo_core.srpo_loss`.
+        renormalization: See :func:`~srpo_core.srpo_loss`.
+        scale: See :func:`~srpo_core.srpo_loss`.
+        visual_scale: See :func:`~srpo_core.srpo_loss`.
+        consistency_scale: See :func:`~srpo_core.srpo_loss`.
+        bound: See :func:`~srpo_core.srpo_loss`.
+        sign: See :func:`~srpo_core.srpo_loss`.
+        mix: See :func:`~srpo_core.srpo_loss`.
+        ref_log_probs: See :func:`~srpo_core.srpo_loss`.
+        surrogate: See :func:`~srpo_core.srpo_loss`.
+        clip_low: See :func:`~srpo_core.srpo_loss`.
+        clip_high: See :func:`~srpo_core.srpo_loss`.
+        dual_clip: See :func:`~srpo_core.srpo_loss`.
+        max_ratio: See :func:`~srpo_core.srpo_loss`.
+        temperature_positive: See :func:`~srpo_core.srpo_loss`.
+        temperature_negative: See :func:`~srpo_core.srpo_loss`.
+        kl_coef: See :func:`~srpo_core.srpo_loss`.
+        kl_estimator: See :func:`~srpo_core.srpo_loss`.
+        reduction: See :func:`~srpo_core.srpo_loss`.
+        normalizer: See :func:`~srpo_core.srpo_loss`.
+        active: See :func:`fused_linear_grpo_loss`.
+        active_tokens: See :func:`fused_linear_grpo_loss`.
+        chunk_tokens: See :func:`fused_linear_grpo_loss`.
+        vocab_columns: See :func:`fused_linear_grpo_loss`.
+        vocab_offset: See :func:`fused_linear_grpo_loss`.
+        vocab_reduce: See :func:`fused_linear_grpo_loss`.
+
+    Returns:
+        ``loss``, and the ``metrics`` of :func:`fused_linear_grpo_loss` and :func:`~srpo_core.srpo_loss`.
+
+    Raises:
+        ValueError: As those two.
+        RuntimeError: From backward, the second time.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+        >>> lm_head = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> old, roles = torch.tensor([[-0.1269, -0.6931]]), torch.tensor([[Role.PERCEPTION, Role.REASONING]])
+        >>> loss, metrics = fused_linear_srpo_loss(
+        ...     hidden, lm_head, torch.tensor([[0, 0]]), old, old - torch.tensor([[2.0, 0.0]]), None, roles,
+        ...     torch.tensor([1.0]), torch.tensor([[True, True]]))
+        >>> metrics["weight/perception/mean"]
+        tensor(1.5374)
+
+    References:
+        SRPO, arXiv:2605.07274, as its abstract describes it; formulas and defaults are this project's choices.
+    """
+    credit = step_credit(
+        old_log_probs,
+        corrupted_log_probs,
+        counterfactual_log_probs,
+        roles,
+        advantages,
+        mask,
+        surrogate=surrogate,
+        broken=broken,
+        strength=strength,
+        visual_score=visual_score,
+        consistency_score=consistency_score,
+        score_clip=score_clip,
+        visual_divergence=visual_divergence,
+        consistency_divergence=consistency_divergence,
+        baseline=baseline,
+        weight_map=weight_map,
+        renormalization=renormalization,
+        scale=scale,
+        visual_scale=visual_scale,
+        consistency_scale=consistency_scale,
+        bound=bound,
+        sign=sign,
+        mix=mix,
+    )
+    loss, metrics = fused_linear_grpo_loss(
+        hidden,
+        lm_head,
+        token_ids,
+        old_log_probs,
+        credit.advantages,
+        mask,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        ref_log_probs=ref_log_probs,
+        surrogate=surrogate,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        max_ratio=max_ratio,
+        temperature_positive=temperature_positive,
+        temperature_negative=temperature_negative,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        reduction=reduction,
+        normalizer=normalizer,
+        active=active,
+        active_tokens=active_tokens,
+        chunk_tokens=chunk_tokens,
+        vocab_columns=vocab_columns,
+        vocab_offset=vocab_offset,
+        vocab_reduce=vocab_reduce,
+    )
+    return LossOutput(loss, metrics | credit.metrics)
+
+
+@typechecked
+def fused_linear_kl(
+    hidden: Float[Tensor, "batch time hidden_dim"],
+    other_hidden: Float[Tensor, "batch time hidden_dim"],
+    lm_head: Float[Tensor, "vocab hidden_dim"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    active_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, "batch time"]:
+    r"""KL, in nats, from the next-token distribution of one context to another's: ``full_kl`` from hidden states.
+
+    :math:`\sum_v p_v (\log p_v - \log q_v)` with :math:`p` of `hidden` and :math:`q` of `other_hidden`: the
+    ``full_kl`` of :func:`~srpo_core.token_divergence`, at the cost of two products (4NHV) and without a
+    [tokens, vocab] tensor. A score, for `visual_divergence` and `consistency_divergence`: detached; 0 at padding.
+
+    Args:
+        hidden: Last hidden states under the original context, already shifted by one.
+        other_hidden: Under the changed one.
+        lm_head: Weight of the output layer, in the dtype of `hidden`.
+        mask: True at the tokens to score; elsewhere the inputs may hold anything, even NaN.
+        bias: Of the output layer.
+        temperature: Divides the logits of both, above 0.
+        logit_softcap: See :func:`fused_linear_log_probs`.
+        active_tokens: See there.
+        chunk_tokens: See there.
+
+    Raises:
+        ValueError: If an option is out of range, or dtypes differ.
+
+    Example:
+        >>> fused_linear_kl(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.eye(2),
+        ...                 torch.tensor([[True]]))
+        tensor([[0.4621]])
+    """
+    options = (bias, temperature, logit_softcap, active_tokens, chunk_tokens)
+    return _divergence(hidden, other_hidden, lm_head, mask, full_kl, *options)
+
+
+@typechecked
+def fused_linear_jsd(
+    hidden: Float[Tensor, "batch time hidden_dim"],
+    other_hidden: Float[Tensor, "batch time hidden_dim"],
+    lm_head: Float[Tensor, "vocab hidden_dim"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    active_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, "batch time"]:
+    """Jensen-Shannon divergence, nats, between the next-token distributions of two contexts; at most log 2.
+
+    The ``jsd`` of :func:`~srpo_core.token_divergence` from hidden states, as :func:`fused_linear_kl` is its
+    ``full_kl``. Detached; 0 at padding.
+
+    Args:
+        hidden: See :func:`fused_linear_kl`.
+        other_hidden: See there.
+        lm_head: See there.
+        mask: See there.
+        bias: See there.
+        temperature: See there.
+        logit_softcap: See there.
+        active_tokens: See there.
+        chunk_tokens: See there.
+
+    Raises:
+        ValueError: If an option is out of range, or dtypes differ.
+
+    Example:
+        >>> fused_linear_jsd(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.eye(2),
+        ...                  torch.tensor([[True]]))
+        tensor([[0.1109]])
+    """
+    options = (bias, temperature, logit_softcap, active_tokens, chunk_tokens)
+    return _divergence(hidden, other_hidden, lm_head, mask, jsd, *options)
+
+
 class _Head(NamedTuple):
     """How hidden states become logits, ``softcap(hidden @ lm_head.T + bias) / temperature``, and how many at a time."""
 
@@ -498,6 +770,39 @@ def _compact(delta: Tensor, factor: Tensor, token_ids: Tensor, columns: int) -> 
     return kept, rest, left / left.sum().clamp(min=torch.finfo(left.dtype).tiny)
 
 
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def _divergence(
+    hidden: Tensor,
+    other_hidden: Tensor,
+    lm_head: Tensor,
+    mask: Tensor,
+    divergence: Callable[[Tensor, Tensor, int], Tensor],
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    active_tokens: int | None,
+    chunk_tokens: int | None,
+) -> Tensor:
+    hidden, other_hidden, lm_head, bias = _full_precision_of_float16(hidden, other_hidden, lm_head, bias)
+    head = _head(hidden, lm_head, temperature, logit_softcap, chunk_tokens)
+    if other_hidden.dtype != hidden.dtype:
+        raise ValueError(f"other_hidden is {other_hidden.dtype} and hidden {hidden.dtype}; pass both in one dtype")
+    tokens = _tokens(mask, active_tokens)
+    count = len(tokens.places)
+    buffers = [lm_head.new_empty(min(head.chunk, count), len(lm_head), dtype=head.dtype) for _ in range(2)]
+    values = lm_head.new_empty(count, dtype=head.dtype)
+    for part in _slices(0, count, head.chunk):
+        logits, other_logits = (buffer[: part.stop - part.start] for buffer in buffers)
+        _write_logits(logits, tokens.take(hidden.flatten(0, 1), part), lm_head, bias, head, None)
+        _write_logits(other_logits, tokens.take(other_hidden.flatten(0, 1), part), lm_head, bias, head, None)
+        for rows in _cached_rows(logits):
+            log_p, log_q = logits[rows].log_softmax(-1), other_logits[rows].log_softmax(-1)
+            values[part.start + rows.start : part.start + rows.stop] = divergence(log_p, log_q, 0).clamp(min=0.0)
+    return tokens.to_batch(values, mask, 0.0)
+
+
 def _write_logits(
     out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, slopes: Tensor | None
 ) -> None:
@@ -543,12 +848,8 @@ def _softmax(
     owned = None
     if head.vocab_reduce is not None:
         owned, ids = (ids >= 0) & (ids < logits.shape[1]), ids.clamp(0, logits.shape[1] - 1)
-    rows = len(logits)
-    if logits.device.type == "cpu" and head.vocab_reduce is None and not torch.compiler.is_compiling():
-        rows = max(1, _CACHED_BYTES // (logits.shape[1] * logits.element_size()))
     parts = []
-    for start in range(0, len(logits), rows):
-        some = slice(start, start + rows)
+    for some in _cached_rows(logits) if head.vocab_reduce is None else [slice(0, len(logits))]:
         here, chosen, mine = logits[some], ids[some], None if owned is None else owned[some]
         target = here.gather(1, chosen)
         _put(here, chosen, -torch.inf, mine)
@@ -580,6 +881,14 @@ def _softmax(
     entropy_of_others = log_others - mixed / others
     surprise = torch.sigmoid(-gap) * F.softplus(gap) + rest * (entropy_of_others - F.logsigmoid(gap))
     return log_prob, scale, torch.where(gap.isinf(), torch.where(gap > 0, entropy_of_others, 0.0), surprise)
+
+
+def _cached_rows(logits: Tensor) -> list[slice]:
+    """Rows that are worth finishing before the next ones are touched."""
+    rows = len(logits)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = max(1, _CACHED_BYTES // (logits.shape[1] * logits.element_size()))
+    return [slice(start, min(start + rows, len(logits))) for start in range(0, len(logits), rows)]
 
 
 def _put(matrix: Tensor, columns: Tensor, values: Tensor | float, where: Tensor | None) -> None:

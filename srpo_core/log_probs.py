@@ -103,7 +103,7 @@ def token_divergence(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     divergence = choose(
-        "kind", kind, {"full_kl": _full_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "topk_kl": _topk_kl}
+        "kind", kind, {"full_kl": full_kl, "reverse_kl": _reverse_kl, "jsd": jsd, "topk_kl": _topk_kl}
     )
     log_p = _scaled(logits, temperature).log_softmax(-1)
     log_q = _scaled(other_logits, temperature).log_softmax(-1)
@@ -124,7 +124,7 @@ def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
     return (log_p.exp() * values.masked_fill(impossible, 0.0)).sum(-1)
 
 
-def _full_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+def full_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
     return _expectation(log_p, log_p - log_q)
 
 
@@ -132,7 +132,7 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
     return _expectation(log_q, log_q - log_p)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+def jsd(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
     log_half = -0.6931471805599453
     log_mean = torch.logaddexp(log_p, log_q) + log_half
     return 0.5 * (_expectation(log_p, log_p - log_mean) + _expectation(log_q, log_q - log_mean))
@@ -145,4 +145,4 @@ def _topk_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
         tail = log_probs.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([log_probs.gather(-1, kept), tail], dim=-1)
 
-    return _full_kl(pooled(log_p), pooled(log_q), top_k)
+    return full_kl(pooled(log_p), pooled(log_q), top_k)

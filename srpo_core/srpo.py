@@ -267,29 +267,14 @@ def srpo_loss(
     References:
         SRPO, arXiv:2605.07274, as its abstract describes it; formulas and defaults are this project's choices.
     """
-    if scale == "ema_rms":
-        raise ValueError(
-            "scale='ema_rms' has a state that must move once per rollout batch, not once per optimiser step: "
-            "call srpo_advantages once per rollout batch and pass its advantages to grpo_loss"
-        )
-    _refuse_sequence_ratio(surrogate, strength, mix)
-    if log_probs.device.type == "cpu":
-        _check_values(
-            roles,
-            mask,
-            old_log_probs=old_log_probs,
-            corrupted_log_probs=corrupted_log_probs,
-            counterfactual_log_probs=counterfactual_log_probs,
-            visual_divergence=visual_divergence,
-            consistency_divergence=consistency_divergence,
-        )
-    credit = _role_advantages(
+    credit = step_credit(
         old_log_probs,
         corrupted_log_probs,
         counterfactual_log_probs,
         roles,
         advantages,
         mask,
+        surrogate=surrogate,
         broken=broken,
         strength=strength,
         visual_score=visual_score,
@@ -303,8 +288,6 @@ def srpo_loss(
         scale=scale,
         visual_scale=visual_scale,
         consistency_scale=consistency_scale,
-        scale_state=None,
-        scale_decay=0.0,
         bound=bound,
         sign=sign,
         mix=mix,
@@ -425,6 +408,57 @@ class SRPOConfig:
 _FIELDS = tuple(option.name for option in fields(SRPOConfig))
 _CREDIT_OPTIONS = _FIELDS[_FIELDS.index("strength") : _FIELDS.index("mix_warmup_steps")]
 _LOSS_OPTIONS = _FIELDS[_FIELDS.index("surrogate") :]
+
+
+def step_credit(
+    old_log_probs: Tensor,
+    corrupted_log_probs: Tensor | None,
+    counterfactual_log_probs: Tensor | None,
+    roles: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    surrogate: str,
+    visual_divergence: Tensor | None,
+    consistency_divergence: Tensor | None,
+    strength: float,
+    scale: str,
+    mix: float,
+    **options: Any,
+) -> RoleAdvantages:
+    """Token advantages for a loss of every step: `srpo_advantages` without a state, and no value read off a device."""
+    if scale == "ema_rms":
+        raise ValueError(
+            "scale='ema_rms' has a state that must move once per rollout batch, not once per optimiser step: "
+            "call srpo_advantages once per rollout batch and pass its advantages to grpo_loss"
+        )
+    _refuse_sequence_ratio(surrogate, strength, mix)
+    if old_log_probs.device.type == "cpu":
+        _check_values(
+            roles,
+            mask,
+            old_log_probs=old_log_probs,
+            corrupted_log_probs=corrupted_log_probs,
+            counterfactual_log_probs=counterfactual_log_probs,
+            visual_divergence=visual_divergence,
+            consistency_divergence=consistency_divergence,
+        )
+    return _role_advantages(
+        old_log_probs,
+        corrupted_log_probs,
+        counterfactual_log_probs,
+        roles,
+        advantages,
+        mask,
+        visual_divergence=visual_divergence,
+        consistency_divergence=consistency_divergence,
+        strength=strength,
+        scale=scale,
+        mix=mix,
+        scale_state=None,
+        scale_decay=0.0,
+        **options,
+    )
 
 
 def _role_advantages(
