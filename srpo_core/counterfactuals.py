@@ -78,6 +78,7 @@ def counterfactual_responses(
     *,
     kind: CounterfactualKind = "swap",
     group_ids: Int[Tensor, " batch"] | None = None,
+    perception_keys: Int[Tensor, " batch"] | None = None,
     boundary: Bool[Tensor, "batch time"] | None = None,
     pad_token_id: int = 0,
 ) -> CounterfactualResponses:
@@ -87,7 +88,7 @@ def counterfactual_responses(
     it, by ``kind``:
 
     - ``swap``: another row's perception takes its place. The donor is the first row after this one, in cyclic order,
-      whose perception differs (as token ids) and is not empty: among the rows of the same group if one does, else among
+      whose perception differs (by `perception_keys`, else as token ids) and is not empty: among the rows of the same group if one does, else among
       all. A row without a perception, or without a donor, stays as it is.
     - ``drop``: it is removed; the tags stay.
     - ``mask``: it stays but must not be attended. For models of pure attention only: a recurrent state sees it anyway.
@@ -105,6 +106,9 @@ def counterfactual_responses(
         mask: True at tokens the policy sampled. Padding may hold anything.
         kind: What to do with the perception.
         group_ids: Equal where responses answer the same prompt; None: every response answers its own. Read by ``swap``.
+        perception_keys: Equal where perceptions say the same; None: where their token ids are equal. Read by ``swap``.
+            Pass them if you can tell: a paraphrase of the same reading is a poor counterfactual, for the reasoning that
+            copies it is as likely as before.
         boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.roles.Segmentation`; None: no token
             straddles.
         pad_token_id: Fills the new responses up.
@@ -133,16 +137,23 @@ def counterfactual_responses(
     is_response = mask.flip(1).cumsum(dim=1).flip(1) > 0
     if group_ids is None:
         group_ids = torch.arange(len(token_ids), device=token_ids.device)
-    return edit(token_ids, mask, is_response, perception, group_ids, pad_token_id)
+    return edit(token_ids, mask, is_response, perception, group_ids, perception_keys, pad_token_id)
 
 
 def _swap(
-    token_ids: Tensor, mask: Tensor, is_response: Tensor, perception: Tensor, group_ids: Tensor, pad_token_id: int
+    token_ids: Tensor,
+    mask: Tensor,
+    is_response: Tensor,
+    perception: Tensor,
+    group_ids: Tensor,
+    perception_keys: Tensor | None,
+    pad_token_id: int,
 ) -> CounterfactualResponses:
     counts = perception.sum(dim=1)
     width = _longest(counts)
     contents = _place(token_ids, perception, perception.cumsum(dim=1) - 1, width, fill=pad_token_id)
-    donors = _different_perceptions(contents, counts, group_ids)
+    keys = _keys(contents, counts) if perception_keys is None else perception_keys
+    donors = _different_perceptions(keys, counts, group_ids)
     has_donor = donors >= 0
     return _replace(
         token_ids,
@@ -157,7 +168,13 @@ def _swap(
 
 
 def _drop(
-    token_ids: Tensor, mask: Tensor, is_response: Tensor, perception: Tensor, group_ids: Tensor, pad_token_id: int
+    token_ids: Tensor,
+    mask: Tensor,
+    is_response: Tensor,
+    perception: Tensor,
+    group_ids: Tensor,
+    perception_keys: Tensor | None,
+    pad_token_id: int,
 ) -> CounterfactualResponses:
     return _replace(
         token_ids,
@@ -172,7 +189,13 @@ def _drop(
 
 
 def _mask(
-    token_ids: Tensor, mask: Tensor, is_response: Tensor, perception: Tensor, group_ids: Tensor, pad_token_id: int
+    token_ids: Tensor,
+    mask: Tensor,
+    is_response: Tensor,
+    perception: Tensor,
+    group_ids: Tensor,
+    perception_keys: Tensor | None,
+    pad_token_id: int,
 ) -> CounterfactualResponses:
     visible = is_response & ~perception
     places = torch.arange(token_ids.shape[1], device=token_ids.device)
@@ -233,17 +256,23 @@ def _longest(counts: Tensor) -> int:
     return int(counts.max()) if len(counts) else 0
 
 
-def _different_perceptions(contents: Tensor, counts: Tensor, group_ids: Tensor) -> Tensor:
+def _keys(contents: Tensor, counts: Tensor) -> Tensor:
+    """A number for each row, equal where the perceptions are the same tokens."""
+    if len(contents) == 0:
+        return counts
+    # The count keeps a perception apart from its padded prefix.
+    return torch.unique(torch.cat([counts.unsqueeze(1), contents], dim=1), dim=0, return_inverse=True)[1]
+
+
+def _different_perceptions(keys: Tensor, counts: Tensor, group_ids: Tensor) -> Tensor:
     """For each row the row it takes its perception from, or -1. A [batch, batch] table, no loop."""
-    batch = len(contents)
+    batch = len(keys)
     if batch == 0:
         return counts
-    # Rows with the same perception share a number. The count keeps a perception apart from its padded prefix.
-    _, numbers = torch.unique(torch.cat([counts.unsqueeze(1), contents], dim=1), dim=0, return_inverse=True)
-    rows = torch.arange(batch, device=contents.device)
+    rows = torch.arange(batch, device=keys.device)
     distance = (rows - rows.unsqueeze(1)) % batch
     is_mate = group_ids == group_ids.unsqueeze(1)
-    is_eligible = (numbers != numbers.unsqueeze(1)) & (counts > 0) & (counts > 0).unsqueeze(1)
+    is_eligible = (keys != keys.unsqueeze(1)) & (counts > 0) & (counts > 0).unsqueeze(1)
     # The nearest group mate, else the nearest of another group, else nothing.
     priority = torch.where(is_mate, distance, distance + batch)
     nearest, donors = torch.where(is_eligible, priority, 2 * batch).min(dim=1)

@@ -310,3 +310,17 @@ def test_arguments_are_checked():
         counterfactual_responses(ids, roles, mask, group_ids=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeCheckError, match=r"pass mask.bool\(\)"):
         counterfactual_responses(ids, roles, mask.long())
+
+
+def test_a_donor_says_something_else_by_the_keys_where_there_are_any():
+    """Rows 0 and 1 paraphrase each other; row 2, of another prompt, is the first that says something else."""
+    ids = torch.tensor([[1, 7, 2, 8], [1, 9, 2, 8], [1, 5, 2, 8]])
+    roles = torch.tensor([[0, 1, 0, 2]] * 3)
+    groups, keys = torch.tensor([0, 0, 1]), torch.tensor([4, 4, 6])
+    by_tokens = counterfactual_responses(ids, roles, ids > 0, group_ids=groups)
+    by_keys = counterfactual_responses(ids, roles, ids > 0, group_ids=groups, perception_keys=keys)
+    assert by_tokens.donors.tolist() == [1, 0, 0]
+    assert by_keys.donors.tolist() == [2, 2, 0]
+    same = counterfactual_responses(ids, roles, ids > 0, perception_keys=torch.zeros(3).long())
+    assert same.donors.tolist() == [-1, -1, -1]
+    assert torch.equal(same.token_ids, ids)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.world import EOS, PAD, PATCH, TAG_IDS, PriorClash, Problems, reward
+from benchmarks.grounding.world import EOS, PAD, PATCH, TAG_IDS, PriorClash, Problems, read, reward
 from srpo_core import (
     LossOutput,
     RoleAdvantages,
@@ -193,12 +193,15 @@ def with_other_perception(
     model: TinyVLM, batch: Batch, kind: CounterfactualKind = "swap"
 ) -> Float[Tensor, "batch time"]:
     """Return the log-prob of each response token, in nats, had the model perceived something else."""
+    # Filler makes every perception different; another one has to state other numbers.
+    counts = read(batch.token_ids, batch.problems.colours).counts
     other = counterfactual_responses(
         batch.token_ids,
         batch.segmentation.roles,
         batch.mask,
         kind=kind,
         group_ids=batch.group_ids,
+        perception_keys=counts[:, 0] * 100 + counts[:, 1],
         boundary=batch.segmentation.boundary,
         pad_token_id=PAD,
     )
