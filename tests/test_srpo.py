@@ -399,6 +399,9 @@ def test_config_defaults_equal_the_functions_and_every_option_is_there():
 def test_config_options_are_what_the_functions_take():
     config = SRPOConfig(strength=0.5, kl_coef=0.1, mix_warmup_steps=4)
     assert set(config.advantage_options()) < set(inspect.signature(srpo_advantages).parameters)
+    assert {*config.advantage_options(), *config.loss_options()} < set(inspect.signature(srpo_loss).parameters)
+    moving = dataclasses.replace(config, scale="ema_rms", scale_decay=0.5)
+    assert moving.advantage_options()["scale_decay"] == 0.5
     assert set(config.loss_options()) < set(inspect.signature(grpo_loss).parameters)
     assert [config.advantage_options(step=step)["mix"] for step in (0, 2, 9)] == [0.0, 0.5, 1.0]
     assert config.advantage_options()["mix"] == 1.0
