@@ -88,8 +88,8 @@ def counterfactual_responses(
     it, by ``kind``:
 
     - ``swap``: another row's perception takes its place. The donor is the first row after this one, in cyclic order,
-      whose perception differs (by `perception_keys`, else as token ids) and is not empty: among the rows of the same group if one does, else among
-      all. A row without a perception, or without a donor, stays as it is.
+      whose perception differs (by `perception_keys`, else as token ids) and is not empty: among the rows of the same
+      group if one does, else among all. A row without a perception, or without a donor, stays as it is.
     - ``drop``: it is removed; the tags stay.
     - ``mask``: it stays but must not be attended. For models of pure attention only: a recurrent state sees it anyway.
 

@@ -391,8 +391,13 @@ class SRPOConfig:
         grpo_loss(tokens, tokens, tokens, mask, ref_log_probs=tokens, normalizer=normalizer, **self.loss_options())
 
     def advantage_options(self, *, step: int | None = None) -> dict[str, Any]:
-        """Keyword arguments for :func:`srpo_advantages`; with `step`, `mix` is ramped over `mix_warmup_steps`."""
+        """Keyword arguments for :func:`srpo_advantages` and :func:`srpo_loss`, which takes no ``scale="ema_rms"``.
+
+        With `step`, `mix` is ramped over `mix_warmup_steps`.
+        """
         options = self._options(_CREDIT_OPTIONS)
+        if self.scale != "ema_rms":
+            del options["scale_decay"]  # srpo_loss does not know it
         if step is not None:
             options["mix"] = mix_schedule(step, warmup_steps=self.mix_warmup_steps, mix=self.mix)
         return options
