@@ -23,6 +23,7 @@ from srpo_core import (
     segment_responses,
     srpo_advantages,
 )
+from srpo_core.diagnostics import credit_diagnostics
 from srpo_trl.config import SRPOConfig
 from srpo_trl.contexts import Context, context_of, corrupted_context, scoring_inputs
 
@@ -89,8 +90,8 @@ class SRPOMixin(_Base):
         rollouts = self._srpo_rollouts(batch)
         if self._srpo_is_first:
             self._srpo_check_format(batch, rollouts)
-        credit, metrics = self._srpo_credit(batch, rollouts)
-        self._srpo_log(rollouts, credit, metrics, start)
+        credit, donors = self._srpo_credit(batch, rollouts)
+        self._srpo_log(rollouts, credit, donors, start)
         self._srpo_is_first = False
         # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
         advantages = torch.where(rollouts.mask, credit.advantages, rollouts.advantages[:, None])
@@ -137,8 +138,8 @@ class SRPOMixin(_Base):
             moved = self.accelerator.pad_across_processes(moved, dim=1, pad_index=fill)
         return self.accelerator.gather(moved).to(rows.dtype)
 
-    def _srpo_credit(self, batch: dict[str, Any], rollouts: "_Rollouts") -> tuple[RoleAdvantages, dict[str, Tensor]]:
-        """Score the responses in two more contexts and weigh their tokens."""
+    def _srpo_credit(self, batch: dict[str, Any], rollouts: "_Rollouts") -> tuple[RoleAdvantages, Tensor | None]:
+        """Score the responses in two more contexts and weigh their tokens; also, whose perception each one got."""
         options, context, own = self._srpo, context_of(batch), rollouts.own
         token_ids, mask = batch["completion_ids"], batch["completion_mask"]
         counterfactual = counterfactual_responses(
@@ -188,12 +189,7 @@ class SRPOMixin(_Base):
         )
         if self.model.training:
             memory.remember(credit.scale_state)
-        has_perception = rollouts.where(Role.PERCEPTION).any(1)
-        is_changed = has_perception & (rollouts.mask & (counterfactual.positions < 0)).any(1)
-        return credit, {
-            "counterfactual/coverage": is_changed.sum() / has_perception.sum().clamp(min=1),
-            "advantage/zero": (rollouts.advantages == 0).float().mean(),
-        }
+        return credit, counterfactual.donors if options.counterfactual == "swap" else None
 
     def _srpo_log_probs(
         self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -241,12 +237,23 @@ class SRPOMixin(_Base):
                 "first, or set srpo_perception_tags, srpo_reasoning_tags and srpo_answer_tags to your own"
             )
 
-    def _srpo_log(
-        self, rollouts: "_Rollouts", credit: RoleAdvantages, metrics: dict[str, Tensor], start: float
-    ) -> None:
-        metrics = credit.metrics | metrics
+    def _srpo_log(self, rollouts: "_Rollouts", credit: RoleAdvantages, donors: Tensor | None, start: float) -> None:
+        metrics = credit_diagnostics(
+            credit.weights,
+            credit.visual_dependency,
+            credit.perception_consistency,
+            rollouts.roles,
+            rollouts.mask,
+            broken=rollouts.broken,
+            advantages=rollouts.advantages,
+            donors=donors,
+            score_clip=self._srpo.score_clip,
+        )
+        # Such responses teach nothing: their passes were for the metrics alone.
+        metrics["advantage/zero"] = (rollouts.advantages == 0).float().mean()
         logged = self._metrics["train" if self.model.training else "eval"]
-        for name, value in zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True):
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        for name, value in zip(metrics, values, strict=True):
             logged[f"srpo/{name}"].append(value)
         columns = self._logs["extra"]
         for role in (Role.PERCEPTION, Role.REASONING):

@@ -19,8 +19,8 @@ for version in "${versions[@]}"; do
   echo "== TRL $version"
   if [ ! -f "$environment/ready" ]; then
     python3 -m venv "$environment" &&
-      "$environment/bin/pip" install -q -c constraints.txt "trl==$version" peft pillow requests pytest hypothesis rich hatchling editables &&
-      "$environment/bin/pip" install -q --no-build-isolation -c constraints.txt -e ".[trl]" &&
+      "$environment/bin/pip" install -q --no-compile -c constraints.txt "trl==$version" peft pillow requests pytest hypothesis rich hatchling editables &&
+      "$environment/bin/pip" install -q --no-compile --no-build-isolation -c constraints.txt -e ".[trl]" &&
       touch "$environment/ready"
   fi 2>&1 | grep -v "^WARNING"
   "$environment/bin/python" -m pytest -q -p no:cacheprovider -W ignore tests/integrations/trl/test_trl_parity.py \
