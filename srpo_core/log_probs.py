@@ -102,9 +102,7 @@ def token_divergence(
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    divergence = choose(
-        "kind", kind, {"full_kl": full_kl, "reverse_kl": _reverse_kl, "jsd": jsd, "topk_kl": _topk_kl}
-    )
+    divergence = choose("kind", kind, {"full_kl": full_kl, "reverse_kl": _reverse_kl, "jsd": jsd, "topk_kl": _topk_kl})
     log_p = _scaled(logits, temperature).log_softmax(-1)
     log_q = _scaled(other_logits, temperature).log_softmax(-1)
     # A divergence is never negative; its rounding can be.

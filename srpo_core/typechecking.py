@@ -106,7 +106,8 @@ def _mismatch(argument: str, value: Any, annotation: Any, sizes: dict[str, tuple
         known = [f"{name}={sizes[name][0]} (from {sizes[name][1]})" for name in names if name in sizes]
         where = f" with {', '.join(known)}" if known else ""
         if len(names) != value.ndim:
-            return f"{expected}{where}, {actual}: it needs {len(names)} {'axis' if len(names) == 1 else 'axes'}{_rank_remedy(names, value)}"
+            axes = "1 axis" if len(names) == 1 else f"{len(names)} axes"
+            return f"{expected}{where}, {actual}: it needs {axes}{_rank_remedy(names, value)}"
         for name, size in zip(names, value.shape, strict=True):
             if name.isdigit() and int(name) != size:
                 return f"{expected}, {actual}"
