@@ -147,7 +147,7 @@ class SRPOMixin(_Trainer):
         old, corrupted, counterfactual, advantages = (
             data[key].to_padded_tensor(0.0).float() for key in (*keys[:3], "advantages")
         )
-        # Rows one by one: TransferQueue hands equal ones back stacked or nested, as it likes.
+        # Nested, as TransferQueue returns whatever has more than one number a row.
         images, same = torch.stack(data["srpo_images"].unbind()).unbind(dim=1)
         if images.any() and torch.equal(images, same):
             raise RuntimeError(
