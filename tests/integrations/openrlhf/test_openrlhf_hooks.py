@@ -23,6 +23,9 @@ def run(tmp_path):
     def _run(code, maker=MAKER):
         file = tmp_path / "openrlhf/trainer/ppo_utils/experience_maker.py"
         file.parent.mkdir(parents=True)
+        # Without these, an installed OpenRLHF would come first.
+        for folder in file.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").touch()
         file.write_text(maker)
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
         command = [sys.executable, "-c", textwrap.dedent(code)]
