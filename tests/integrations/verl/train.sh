@@ -9,7 +9,7 @@ export VERL_USE_EXTERNAL_MODULES=verl_harness.platform,verl_harness.engine
 export VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export RAY_DEDUP_LOGS=0 RAY_USAGE_STATS_ENABLED=0 VERL_FILE_LOGGER_ROOT="$work"
 exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
-  trainer.v1.trainer_mode="$mode" trainer.device=cpu trainer.n_gpus_per_node="$workers" trainer.nnodes=1 \
+  hydra.run.dir="$work/hydra" trainer.v1.trainer_mode="$mode" trainer.device=cpu trainer.n_gpus_per_node="$workers" trainer.nnodes=1 \
   'trainer.logger=[console,file]' trainer.val_before_train=False trainer.test_freq=-1 trainer.save_freq=-1 \
   trainer.total_training_steps=2 trainer.total_epochs=20 trainer.project_name=srpo trainer.resume_mode=disable \
   trainer.default_local_dir="$work/checkpoints" \
