@@ -439,7 +439,7 @@ def segment_responses(
     if eos_token_id is None:
         raise ValueError("eos_token_id must be given, because the tokenizer has none; pass () if no response ends")
 
-    decode, pieces = _decoder(tokenizer), {}
+    decode, pieces = text_decoder(tokenizer), {}
     host_ids, host_mask = token_ids.cpu(), mask.cpu()
     is_eos = host_mask & _is_any(host_ids, eos_token_id)
     read = host_mask & ~is_eos
@@ -447,9 +447,9 @@ def segment_responses(
     flat_roles, flat_boundary, broken = [], [], []
     begin = 0
     for length, finished in zip(read.sum(dim=1).tolist(), _last_is(is_eos, host_mask).tolist(), strict=True):
-        text, starts, ends = _token_spans(ids[begin : begin + length], decode, pieces)
+        text, starts, ends = token_spans(ids[begin : begin + length], decode, pieces)
         parsed = parse_response(text, tags, finished=finished)
-        row_roles, row_boundary = _label(text, starts, ends, parsed, tags, role_of)
+        row_roles, row_boundary = label_tokens(text, starts, ends, parsed, tags, role_of)
         flat_roles += row_roles
         flat_boundary += row_boundary
         broken.append(int(parsed.reason))
@@ -463,7 +463,7 @@ def segment_responses(
     return Segmentation(roles.to(device), torch.tensor(broken, dtype=torch.int64, device=device), boundary.to(device))
 
 
-def _label(
+def label_tokens(
     text: str, starts: list[int], ends: list[int], parsed: Parsed, tags: RoleTags, role_of: dict[str, int]
 ) -> tuple[list[int], list[bool]]:
     """Role of each token of one response, and whether it shares characters with a tag."""
@@ -497,7 +497,7 @@ def _overlapping(starts: list[int], ends: list[int], start: int, end: int) -> ra
 _Decode = Callable[[list[int]], str]
 
 
-def _decoder(tokenizer: _Tokenizer) -> _Decode:
+def text_decoder(tokenizer: _Tokenizer) -> _Decode:
     """The tokenizer's ``decode``, told to leave the text alone as far as it can be told."""
     wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     try:
@@ -512,7 +512,7 @@ def _decoder(tokenizer: _Tokenizer) -> _Decode:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
 
 
-def _token_spans(ids: list[int], decode: _Decode, known: dict[Any, Any]) -> tuple[str, list[int], list[int]]:
+def token_spans(ids: list[int], decode: _Decode, known: dict[Any, Any]) -> tuple[str, list[int], list[int]]:
     """Text of the tokens, and where in it each token starts and ends.
 
     Each distinct token is decoded once (``known`` remembers), and tokens that hold only parts of a character together

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srpo_core.roles import DEFAULT_TAGS, BrokenReason, Role, RoleTags, _decoder, _token_spans
+from srpo_core.roles import DEFAULT_TAGS, BrokenReason, Role, RoleTags, text_decoder, token_spans
 from srpo_core.typechecking import choose, typechecked
 
 __all__ = ["SCHEMA_PATH", "Rollout", "RolloutError", "RolloutWriter", "parse_rollout", "read_rollouts"]
@@ -435,7 +435,7 @@ class RolloutWriter:
         if tokenizer is not None and eos_token_id is None:
             raise ValueError("eos_token_id must be given, because the tokenizer has none; pass () if no response ends")
         self._eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-        self._decode = None if tokenizer is None else _decoder(tokenizer)
+        self._decode = None if tokenizer is None else text_decoder(tokenizer)
         self._pieces: dict[Any, Any] = {}
         self._images: set[Path] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -588,7 +588,7 @@ class RolloutWriter:
         for row, real in zip(tokens.cpu(), mask.cpu(), strict=True):
             ids = row[real].tolist()
             finished.append(bool(ids) and ids[-1] in self._eos)
-            text, starts, ends = _token_spans(ids, self._decode, self._pieces)
+            text, starts, ends = token_spans(ids, self._decode, self._pieces)
             if [*starts, len(text)] == [0, *ends]:
                 texts.append({"tokens": [text[start:end] for start, end in zip(starts, ends, strict=True)]})
             else:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srpo_core.contrasts import ContrastKind, perception_consistency, visual_dependency
 from srpo_core.diagnostics import QUANTILES, ROLE_NAMES, Answer
-from srpo_core.roles import BrokenReason, Role, _label, parse_response
+from srpo_core.roles import BrokenReason, Role, label_tokens, parse_response
 from srpo_core.rollouts import Rollout, RolloutError, parse_rollout
 from srpo_core.srpo import SRPOConfig
 from srpo_core.typechecking import choose
@@ -201,7 +201,7 @@ def _segment(rollout: Rollout, config: SRPOConfig) -> tuple[NDArray[np.int64], B
         "reasoning": int(Role.REASONING),
         "answer": _ANSWER_ROLES[config.answer_role],
     }
-    roles, _ = _label(rollout.text, rollout.starts.tolist(), rollout.ends.tolist(), parsed, tags, role_of)
+    roles, _ = label_tokens(rollout.text, rollout.starts.tolist(), rollout.ends.tolist(), parsed, tags, role_of)
     return np.array(roles, dtype=np.int64), parsed.reason
 
 

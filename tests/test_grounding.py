@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from benchmarks.grounding.demo import demonstrate
 from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.report import write_rollouts
 from benchmarks.grounding.runs import Study, run_all
 from benchmarks.grounding.train import (
     METHODS,
@@ -36,6 +37,7 @@ from benchmarks.grounding.world import (
     PLACES,
     RGB,
     SPLITS,
+    TAG_IDS,
     PriorClash,
     Problems,
     measure,
@@ -43,7 +45,9 @@ from benchmarks.grounding.world import (
     reward,
     to_words,
 )
-from srpo_core import Role, grpo_loss, srpo_loss
+from srpo_core import Role, grpo_loss, segment_roles, srpo_loss
+from srpo_core.rollouts import read_rollouts
+from srpo_core.summaries import CreditOptions, score_rollouts
 
 WORLD = PriorClash(filler=1)
 BRIEF = WarmStartConfig(
@@ -363,9 +367,84 @@ def test_the_demo_writes_its_summary(study, summary):
     assert {"python", "torch", "srpo-core"} <= written["versions"].keys()
     assert written["seconds"]["wall"] > 0
     assert (study.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rollouts_of_the_demo_explain_its_weights(study, summary):
+    """Labels, roles and weights of the file follow from its texts and log-probs, as the commands read them."""
+    rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
+    recomputed = score_rollouts(rollouts, CreditOptions(recompute=True))
+    for rollout, scored in zip(rollouts, recomputed, strict=True):
+        assert rollout.weights == pytest.approx(scored.weights, abs=1e-3)
+        assert rollout.scores == pytest.approx(scored.scores, abs=1e-4)
+        from_text = next(score_rollouts([replace(rollout, roles=None, broken=None)]))
+        assert from_text.broken == rollout.broken
+        assert from_text.roles.tolist() == scored.roles.tolist()
+        assert rollout.prompt is not None
+        assert rollout.reference is not None
+        words = [piece.strip() for piece in rollout.pieces]
+        assert rollout.correct == (rollout.reward == 1.0)
+        if rollout.correct:
+            assert words[words.index("<answer>") + 1] == rollout.reference.split()[-1]
+        if rollout.perception_correct:
+            colours = rollout.prompt.split()[1:4:2]
+            assert [words[words.index(colour) + 1] for colour in colours] == rollout.reference.split()[0:3:2]
+    assert any((scored.weights != 1).any() for scored in score_rollouts(rollouts))
+    specimens = {rollout.id: rollout for rollout in rollouts if rollout.id is not None}
+    assert list(specimens.values()) == rollouts[: len(specimens)]
+    for kind, specimen in specimens.items():
+        assert specimen.correct == (not kind.startswith("wrong"))
+        assert specimen.perception_correct == kind.startswith("right") or not specimen.correct
+
+
+def test_the_page_of_the_demo_shows_every_rollout_beside_its_image(study, summary):
     page = (study.out / "weights.html").read_text()
-    assert "http" not in page
-    assert page.count("<article>") == page.count("data:image/png;base64,") > 0
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
+    assert [row["tokens"] for row in data["rows"]] == [rollout.pieces for rollout in rollouts]
+    assert data["weights"] == "recorded"
+    assert data["sample"]["imagesMissing"] == data["sample"]["imagesLeftOut"] == 0
+    for row in data["rows"]:
+        assert data["images"][row["image"]].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("texts", "kinds"),
+    [
+        (
+            (RIGHT, RIGHT.replace("red 3", "red 2"), RIGHT.replace("<answer> 5", "<answer> 4")),
+            ["right", "lucky", "wrong"],
+        ),
+        ((RIGHT[:-6], RIGHT), ["right"]),
+        ((), []),
+    ],
+)
+def test_specimens_come_first(texts, kinds, tmp_path):
+    texts = [RIGHT[:-6], *texts]
+    token_ids = responses(*texts)
+    mask = token_ids != PAD
+    batch = Batch(
+        red_and_blue(len(texts)),
+        token_ids,
+        mask,
+        segment_roles(token_ids, mask, tag_ids=TAG_IDS, eos_token_id=EOS),
+        torch.zeros(len(texts), dtype=torch.long),
+        torch.ones(len(texts)),
+        -torch.ones(token_ids.shape),
+        mask.sum(),
+        step=0,
+    )
+    specimens = write_rollouts(TinyVLM(), SRPO(), batch, tmp_path / "rollouts.jsonl")
+    assert [kind.split(":")[0] for kind in specimens] == kinds
+    written = list(read_rollouts(tmp_path / "rollouts.jsonl"))
+    assert [rollout.id for rollout in written] == specimens + [None] * (len(texts) - len(kinds))
+    assert sorted(" ".join(map(str.strip, rollout.pieces)) for rollout in written) == sorted(texts)
+    assert [rollout.finished for rollout in written] == [rollout.text.endswith("<eos>") for rollout in written]
+    for rollout, kind in zip(written, kinds, strict=False):
+        assert (rollout.correct, rollout.perception_correct) == {
+            "right": (True, True),
+            "lucky": (True, False),
+            "wrong": (False, True),
+        }[kind]
 
 
 def test_finished_runs_are_found_and_others_are_not(study, summary, tmp_path):

@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from tiny_tokenizers import EOS, PADDING, byte_bpe, token_bytes, unigram, with_tags
 
 from srpo_core import BrokenReason, Role, RoleTagIds, RoleTags, segment_responses, segment_roles
-from srpo_core.roles import _token_spans, parse_response
+from srpo_core.roles import parse_response, token_spans
 
 TAGS = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("<a>", "</a>"))
 BOXED = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("\\boxed{", "}"))
@@ -487,7 +487,7 @@ def test_spans_are_in_order_and_leave_no_character_out(tokenizer, picks):
     tokens = [spelled[byte] for byte in (b"\xc3", b"\xa9", b"\xf0", b"\xff")]
     tokens += tokenizer.encode("the cat", add_special_tokens=False).ids
     ids = [tokens[pick % len(tokens)] for pick in picks]
-    text, starts, ends = _token_spans(ids, tokenizer.decode, {})
+    text, starts, ends = token_spans(ids, tokenizer.decode, {})
     assert text == tokenizer.decode(ids)
     assert starts == sorted(starts)
     assert ends == sorted(ends)

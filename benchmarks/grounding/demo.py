@@ -8,9 +8,11 @@ A few minutes on two cores. Everything goes to runs/demo; finished runs are foun
 import json
 import platform
 import shutil
+import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +20,21 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Generator
 
 from benchmarks.grounding.report import (
     accuracy_table,
     draw_curves,
-    find_specimens,
-    specimen_text,
     summarize,
     thinking_table,
-    write_heat_map,
+    write_rollouts,
 )
 from benchmarks.grounding.runs import HELD_OUT, Event, Study, load, run_all
-from benchmarks.grounding.train import METHODS, SRPO, TrainConfig
+from benchmarks.grounding.train import METHODS, SRPO, TrainConfig, roll_out
+from srpo_core.commands import heat_text
+from srpo_core.report import report_files
+from srpo_core.rollouts import read_rollouts
+from srpo_core.summaries import score_rollouts, summarize_files
 
 
 def main(
@@ -55,7 +60,7 @@ def main(
 
 
 def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: int, console: Console) -> dict[str, Any]:
-    """Run the methods and write summary, curves and heat map to ``study.out``; return the summary."""
+    """Run the methods and write summary, curves, rollouts and heat maps to ``study.out``; return the summary."""
     started = time.time()
     study.out.mkdir(parents=True, exist_ok=True)
     console.print(
@@ -110,18 +115,21 @@ def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: in
     (study.out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw_curves(results, study.out / "learning_curves.png")
     console.print(accuracy_table(summary), thinking_table(summary), sep="\n")
-    for name in names:
-        if isinstance(method := METHODS[name], SRPO) and method.strength > 0:
-            explain_weights(study, name, method, summary, console)
+    weighted = {name: method for name in names if isinstance(method := METHODS[name], SRPO) and method.strength > 0}
+    for name, method in weighted.items():
+        explain_weights(study, name, method, summary, console)
     console.print(
         f"\n{summary['seconds']['wall']:.0f} seconds. {', '.join(f'{k} {v}' for k, v in summary['versions'].items())}."
     )
-    console.print(f"In {study.out}: summary.json, learning_curves.png, weights.html, and each run under runs/.")
+    files = ["summary.json", "learning_curves.png", *(["weights.html", "rollouts.jsonl"] if weighted else [])]
+    console.print(f"In {study.out}: {', '.join(files)}, and each run under runs/.")
+    if weighted:
+        suggest(study.out / "rollouts.jsonl", console)
     return summary
 
 
 def explain_weights(study: Study, name: str, method: SRPO, summary: dict[str, Any], console: Console) -> None:
-    """Print where a method puts its weight, and write the heat map of the first seed's trained model."""
+    """Print where a method puts its weight, and write rollouts of the first seed's model with their heat maps."""
     for time_, when in (("before", "at the warm start"), ("after", "after training")):
         weights = summary["mean_weights"][name][time_]
         digits, filler = weights["digits"], weights["filler"]
@@ -131,12 +139,27 @@ def explain_weights(study: Study, name: str, method: SRPO, summary: dict[str, An
         )
     seed = summary["seeds"][0]
     model = load(study.out / "runs" / f"{name}-seed{seed}.pt", study.device)
-    config = replace(study.train, prompts=6 * study.train.prompts)  # lucky answers are rare
-    specimens = find_specimens(model, study.world, method, config, seed=HELD_OUT)
-    write_heat_map(specimens, study.out / "weights.html")
+    config = replace(study.train, prompts=4 * study.train.prompts)  # lucky answers are rare
+    batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
+    rollouts = study.out / "rollouts.jsonl"
+    specimens = write_rollouts(model, method, batch, rollouts)
+    recorded = summarize_files([rollouts])
+    title = f"Which words {name.upper()} gives the credit to"
+    report_files(recorded, study.out / "weights.html", sample=len(recorded), title=title)
     console.print("\n[bold]Weights of three responses[/bold] (orange: above 1, blue: below)")
-    for specimen in specimens:
-        console.print(specimen_text(specimen), soft_wrap=False)
+    for scored in islice(score_rollouts(read_rollouts(rollouts)), len(specimens)):
+        rollout = scored.rollout
+        console.print(f"[bold]{rollout.id}[/bold]   [dim]{rollout.prompt}  truth {rollout.reference}[/dim]")
+        console.print(heat_text(rollout.pieces, scored.weights))
+
+
+def suggest(rollouts: Path, console: Console) -> None:
+    """Print commands that show more of these rollouts."""
+    command = Path(sys.executable).with_name("srpo")
+    command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
+    console.print("\nTo see one response token by token, or what other options would make of the weights:")
+    for arguments in (f"show {rollouts} --index 0 --table", f"weights {rollouts} --strength 0.5"):
+        console.print(f"  {command} {arguments}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,19 @@
-"""What came of the runs: summary, tables, learning curves, and the weights of three responses as a heat map."""
+"""What came of the runs: summary, tables, learning curves, and rollouts for the ``srpo`` command to show."""
 
-import base64
-import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib.image
+import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from rich.text import Text
-from torch import Generator, Tensor
 
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.train import SRPO, TrainConfig, roll_out
-from benchmarks.grounding.world import SPLITS, PriorClash, read, to_words
+from benchmarks.grounding.train import SRPO, Batch
+from benchmarks.grounding.world import EOS, SPLITS, read, reward, to_words
+from srpo_core.rollouts import RolloutWriter
 
 COLOURS = {"grpo": "#4b5563", "srpo": "#c2410c"}
 # Conflict accuracy over five seeds in the pilot: a sister of this world, 100 steps at a learning rate of 3e-4.
@@ -129,99 +125,54 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-class Specimen(NamedTuple):
-    """One response, word by word, with the weight of each word."""
+def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> list[str]:
+    """Write a batch with its weights for the ``srpo`` command, and return the ids of the specimens that come first.
 
-    kind: str
-    image: Tensor
-    question: str
-    truth: str
-    words: list[str]
-    weights: list[float]
-
-
-def find_specimens(
-    model: TinyVLM, world: PriorClash, method: SRPO, config: TrainConfig, *, seed: int
-) -> list[Specimen]:
-    """Return one response of each kind that the model gives to a step's prompts: right, lucky, wrong."""
-    batch, _ = roll_out(model, world, config, Generator().manual_seed(seed), step=0)
-    weights = method.credit(model, batch).weights
-    reading = read(batch.token_ids, batch.problems.colours)
-    right = reading.answer == batch.problems.answers
-    seen = (reading.counts == batch.problems.counts).all(1)
+    Specimens are a right, a lucky and a wrong response, as far as there are any; only they have an id.
+    """
+    corrupted, replaced = method.look_again(model, batch)
+    credit = method.credit(batch, corrupted, replaced)
+    problems, reading = batch.problems, read(batch.token_ids, batch.problems.colours)
+    right = reading.answer == problems.answers
+    seen = (reading.counts == problems.counts).all(1)
     kinds = {
         "right: perception and answer": right & seen,
         "lucky: wrong perception, right answer": right & ~seen & (reading.counts >= 0).all(1),
         "wrong": ~right & reading.well_formed,
     }
-    specimens = []
-    for kind, found in kinds.items():
-        for row in found.nonzero()[:1, 0].tolist():
-            real = batch.mask[row]
-            (one, two), answer = batch.problems.counts[row].tolist(), batch.problems.answers[row].item()
-            specimens.append(
-                Specimen(
-                    kind,
-                    batch.problems.images[row].cpu(),
-                    " ".join(to_words(batch.problems.questions[row])),
-                    f"{one} + {two} = {answer}",
-                    to_words(batch.token_ids[row][real]),
-                    weights[row][real].tolist(),
-                )
+    specimens = {kind: found.nonzero()[0, 0].item() for kind, found in kinds.items() if found.any()}
+    others = [row for row in range(len(batch.token_ids)) if row not in specimens.values()]
+
+    with RolloutWriter(path) as writer:
+        for part, ids in ((list(specimens.values()), list(specimens)), (others, None)):
+            rows = torch.tensor(part, dtype=torch.long, device=model.device)
+            shown, token_ids, mask = problems.rows(rows), batch.token_ids[rows], batch.mask[rows]
+            sums = zip(shown.counts.tolist(), shown.answers.tolist(), strict=True)
+            writer.write(
+                [spell(to_words(row[real])) for row, real in zip(token_ids, mask, strict=True)],
+                mask,
+                old_log_probs=batch.old_log_probs[rows],
+                corrupted_log_probs=None if corrupted is None else corrupted[rows],
+                counterfactual_log_probs=None if replaced is None else replaced[rows],
+                roles=batch.segmentation.roles[rows],
+                broken=batch.segmentation.broken[rows],
+                visual_dependency=credit.visual_dependency[rows],
+                perception_consistency=credit.perception_consistency[rows],
+                weights=credit.weights[rows],
+                rewards=reward(token_ids, shown),
+                advantages=batch.advantages[rows],
+                correct=right[rows],
+                perception_correct=seen[rows],
+                group_ids=batch.group_ids[rows],
+                finished=(token_ids == EOS).any(1),
+                prompts=[" ".join(to_words(question)) for question in shown.questions],
+                references=[f"{one} + {two} = {answer}" for (one, two), answer in sums],
+                images=list(shown.images),
+                ids=ids,
             )
-    return specimens
+    return list(specimens)
 
 
-def tint(weight: float) -> str:
-    """Orange above 1, white at 1, blue below, full at 4 and 1/4: weights are ratios, so the scale is logarithmic."""
-    share = min(abs(math.log2(max(weight, 1e-6))) / 2, 1.0)
-    end = (240, 110, 30) if weight > 1 else (70, 130, 230)
-    return "#" + "".join(f"{round(255 + share * (channel - 255)):02x}" for channel in end)
-
-
-def specimen_text(specimen: Specimen) -> Text:
-    """A specimen for the terminal."""
-    text = Text(f"{specimen.kind}   ", style="bold")
-    text.append(f"{specimen.question}  truth {specimen.truth}\n", style="not bold dim")
-    for word, weight in zip(specimen.words, specimen.weights, strict=True):
-        text.append(f" {word} ", style=f"not bold black on {tint(weight)}")
-    return text
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Token weights of SRPO</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }}
-article {{ display: flex; gap: 1.5rem; margin: 2rem 0; align-items: flex-start; }}
-img {{ width: 192px; height: 192px; image-rendering: pixelated; border-radius: 6px; flex: none; }}
-h2 {{ font-size: 1.1rem; margin: 0; }}  p {{ margin: .3rem 0 .8rem; color: #4b5563; }}
-.word {{ display: inline-block; padding: 1px 6px; margin: 2px 1px; border-radius: 4px; text-align: center; }}
-.word small {{ display: block; font-size: .65rem; line-height: 1; color: #374151; padding-bottom: 2px; }}
-</style></head><body>
-<h1>Which words SRPO gives the credit to</h1>
-<p>The number under a word is its weight: <span class="word" style="background:{high}">4</span> counts four times,
-<span class="word" style="background:{one}">1</span> as in GRPO, <span class="word" style="background:{low}">¼</span> a
-quarter. Tags always weigh 1. A right answer's advantage is positive and a wrong one's negative: the weight says how
-much of it a word gets.</p>
-{articles}
-</body></html>
-"""
-
-
-def write_heat_map(specimens: Sequence[Specimen], path: Path) -> None:
-    """Write one page that needs no other file: the image of each specimen beside its words, tinted by weight."""
-    articles = []
-    for specimen in specimens:
-        picture = io.BytesIO()
-        matplotlib.image.imsave(picture, specimen.image.permute(1, 2, 0).numpy(), format="png")
-        word = '<span class="word" style="background:{}">{}<small>{:.2f}</small></span>'
-        words = "".join(
-            word.format(tint(weight), html.escape(text), weight)
-            for text, weight in zip(specimen.words, specimen.weights, strict=True)
-        )
-        articles.append(
-            f'<article><img alt="" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"><div>'
-            f"<h2>{html.escape(specimen.kind)}</h2>"
-            f"<p>{html.escape(specimen.question)} truth: {specimen.truth}</p>{words}</div></article>"
-        )
-    page = PAGE.format(high=tint(4), one=tint(1), low=tint(0.25), articles="\n".join(articles))
-    path.write_text(page, encoding="utf-8")
+def spell(words: list[str]) -> list[str]:
+    """Return the tokens of a text; a tag's has no space, which would be content of the block beside it."""
+    return [word if word.startswith("<") else f" {word}" for word in words]

@@ -151,7 +151,7 @@ def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, floa
         return {}
     config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
     batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
-    weights, token_ids = method.credit(model, batch).weights, batch.token_ids
+    weights, token_ids = method.credit(batch, *method.look_again(model, batch)).weights, batch.token_ids
     perceived = batch.segmentation.roles == int(Role.PERCEPTION)
     kinds = {"digits": (token_ids >= ZERO) & (token_ids < ZERO + 10), "filler": token_ids >= FIRST_FILLER}
     return {kind: weights[perceived & tokens].mean().item() for kind, tokens in kinds.items()}

@@ -163,12 +163,17 @@ class SRPO:
         corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
         return corrupted, with_other_perception(model, batch, self.counterfactual)
 
-    def credit(self, model: TinyVLM, batch: Batch) -> RoleAdvantages:
-        """Return the weights that training on this batch would use, and what they are made of."""
-        roles, advantages = batch.segmentation.roles, batch.advantages
-        looks = self.look_again(model, batch)
+    def credit(self, batch: Batch, corrupted: Tensor | None, replaced: Tensor | None) -> RoleAdvantages:
+        """Return the weights that training on this batch would use, from what :meth:`look_again` saw."""
         return srpo_advantages(
-            batch.old_log_probs, *looks, roles, advantages, batch.mask, strength=self.strength, **self.options
+            batch.old_log_probs,
+            corrupted,
+            replaced,
+            batch.segmentation.roles,
+            batch.advantages,
+            batch.mask,
+            strength=self.strength,
+            **self.options,
         )
 
 
