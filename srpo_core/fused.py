@@ -463,7 +463,7 @@ def fused_linear_srpo_loss(
         ...     hidden, lm_head, torch.tensor([[0, 0]]), old, old - torch.tensor([[2.0, 0.0]]), None, roles,
         ...     torch.tensor([1.0]), torch.tensor([[True, True]]))
         >>> metrics["weight/perception/mean"]
-        tensor(1.5374)
+        tensor(1.5510)
 
     References:
         SRPO, arXiv:2605.07274, as its abstract describes it; formulas and defaults are this project's choices.
