@@ -147,7 +147,10 @@ def check(folder: Path) -> None:
 
     for name, (module, _) in RUNS.items():
         for step in steps[name]:
-            held(f"{name}: srpo metrics are logged", ("srpo/weight/perception/mean" in step) == (module == SRPO))
+            held(
+                f"{name}: srpo metrics are logged if SRPO runs, and only then",
+                ("srpo/weight/perception/mean" in step) == (module == SRPO),
+            )
         imported = re.findall(r"ROLLOUT WORKER imported (\[.*\])", results[name][1])
         held(f"{name}: rollout workers import neither deepspeed nor srpo_core", imported == ["[]"], imported)
     for step in steps["text, packed"]:
