@@ -21,6 +21,7 @@ VISION_KEYS = (
     "token_type_ids",
     "mm_token_type_ids",
     "image_position_ids",
+    "pixel_position_ids",  # its name in TRL 1.0
 )
 # These have one entry per token of prompt and response, so they change with either.
 _TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")

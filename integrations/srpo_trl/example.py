@@ -189,8 +189,8 @@ def accuracy(model: Any, processor: Any, *, problems: int = 128, seed: int = 10*
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m srpo_trl.example", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of reinforcement learning")
-    parser.add_argument("--warm-up", type=int, default=250, help="steps of imitation before")
+    parser.add_argument("--steps", type=int, default=50, help="optimiser steps of reinforcement learning")
+    parser.add_argument("--warm-up", type=int, default=130, help="steps of imitation before")
     parser.add_argument("--strength", type=float, default=1.0, help="0 is GRPO")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -213,7 +213,7 @@ def main() -> None:
             num_generations=8,
             max_completion_length=24,
             max_steps=options.steps,
-            learning_rate=1e-3,
+            learning_rate=2e-4,
             lr_scheduler_type="constant",
             logging_steps=1,
             report_to=[],

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from srpo_trl import SRPOTrainer
-from training import make_trainer, train
+from tiny_vlm import make_tokenizer
+from training import make_dataset, make_trainer, train
 from trl import GRPOTrainer
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -55,8 +56,8 @@ def test_strength_0_is_grpo_where_dropout_is_on():
 
 def test_strength_0_is_grpo_under_evaluation_and_sampling():
     # Nothing injected: completions are sampled, so the global random state has to stay where it was.
-    from training import make_dataset
-
+    # (A random model may sample an image placeholder, for which there is no image.)
+    vision = make_tokenizer().convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
     evaluation = {"trainer_options": {"eval_dataset": make_dataset(4)}, "eval_strategy": "steps", "eval_steps": 1}
     logs = []
     for trainer_class in (GRPOTrainer, SRPOTrainer):
@@ -65,6 +66,7 @@ def test_strength_0_is_grpo_under_evaluation_and_sampling():
             rollouts=False,
             srpo_strength=0.0,
             max_completion_length=12,
+            generation_kwargs={"suppress_tokens": vision},
             per_device_eval_batch_size=4,
             **evaluation,
         )
