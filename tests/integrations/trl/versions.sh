@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../../.."
 export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 versions=("$@")
-[ ${#versions[@]} -gt 0 ] || versions=(1.0.0 1.9.2 1.12.0 1.14.2 1.16.0)
+[ ${#versions[@]} -gt 0 ] || versions=(1.0.0 1.5.1 1.9.2 1.12.0 1.14.2 1.16.0)
 
 rows=()
 failures=0
