@@ -261,8 +261,7 @@ def gspo_surrogate(
         if ((advantages - mean).abs() > 1e-5 * mean.abs())[mask].any():
             raise ValueError(f"advantages differ inside a response; {GSPO_REFUSAL}")
     ratio = _ratio(masked_mean(log_ratio, mask, dim=1)[:, None])
-    losses = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
-    return torch.where(mask, losses, 0.0)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
 
 
 GSPO_REFUSAL = (

@@ -751,7 +751,7 @@ def test_compiled_whole_equals_eager(options):
     torch.testing.assert_close(compiled, eager)
 
 
-def test_compiled_by_inductor_equals_eager():
+def test_compiled_by_inductor_equals_eager(cpp_compiler):
     eager, compiled = eager_and_compiled(compiled_inputs(softcap=3.0), {"chunk_tokens": 16})
     torch.testing.assert_close(compiled, eager)
 

@@ -328,7 +328,7 @@ def test_compiled_whole_equals_eager(dynamic):
             torch.testing.assert_close(whole, eager)
 
 
-def test_compiled_by_inductor_equals_eager():
+def test_compiled_by_inductor_equals_eager(cpp_compiler):
     torch.compiler.reset()
     inputs = path_inputs(3, 8, seed=0)
     torch.testing.assert_close(torch.compile(path, fullgraph=True)(*inputs), path(*inputs))
