@@ -40,7 +40,7 @@ _SEQUENCE_LEVEL = ("gspo", "gspo_token")
 # A CPU passes over logits in its second-level cache about twice as fast as in memory.
 _CACHED_BYTES = 2**20
 # Vocabulary rows cast at a time where a product needs them in another dtype.
-_CAST_ROWS = 4096
+_CAST_ROWS = 2048
 
 
 class LogProbsAndEntropy(NamedTuple):
@@ -90,7 +90,7 @@ def fused_linear_log_probs(
             would stall the device, so all of ``batch * time`` are computed. Too low a number makes the result NaN (on
             the CPU an error).
         chunk_tokens: Tokens whose logits, in at least float32, are in memory at a time, at least 1. None: 256 on a
-            CPU (512 in half precision), 1024 elsewhere.
+            CPU, 1024 elsewhere.
         vocab_offset: First token of this shard of the vocabulary.
         vocab_reduce: For a vocabulary sharded over processes: ``(tensor, "max" or "sum") -> tensor``, the elementwise
             maximum or sum over all shards, called in the same order on each with small tensors, and with the gradient
@@ -819,9 +819,11 @@ def _write_logits(
         torch.mm(hidden.to(out.dtype), weight.to(out.dtype).t(), out=out)
     else:
         hidden = hidden.to(out.dtype)
+        # One buffer for all: memory that is new each time costs more than the cast.
+        cast = weight.new_empty(min(_CAST_ROWS, len(weight)), weight.shape[1], dtype=out.dtype)
         with _bfloat16_products():
             for rows in _slices(0, len(weight), _CAST_ROWS):
-                torch.mm(hidden, weight[rows].to(out.dtype).t(), out=out[:, rows])
+                torch.mm(hidden, cast[: rows.stop - rows.start].copy_(weight[rows]).t(), out=out[:, rows])
     if bias is not None:
         out.add_(bias)
     if head.softcap is not None:
@@ -1048,7 +1050,7 @@ def _head(
     dtype = at_least_float32(lm_head.dtype)
     full = lm_head.dtype == dtype
     if chunk is None:
-        chunk = 1024 if hidden.device.type != "cpu" else 256 if full else 512
+        chunk = 256 if hidden.device.type == "cpu" else 1024
     span = chunk if full else 4 * chunk
     if columns is not None:
         least = min(span, hidden.shape[0] * hidden.shape[1])
