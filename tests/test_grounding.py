@@ -20,6 +20,7 @@ from benchmarks.grounding.train import (
     Batch,
     TrainConfig,
     log_probs_of,
+    new_log_probs,
     roll_out,
     train,
     with_corrupted_image,
@@ -145,6 +146,8 @@ def red_and_blue(n: int, *, shortcut: int = 4) -> Problems:
         colours=torch.tensor([[0, 2]] * n),
         counts=torch.tensor([[3, 2]] * n),
         shortcut=torch.full((n,), shortcut),
+        readings=torch.tensor([[3, 0, 2, 0]] * n),
+        hints=torch.full((n, 4), -1),
     )
 
 
@@ -249,7 +252,8 @@ def test_hidden_tokens_cannot_be_attended():
 def plain_grpo(model: TinyVLM, batch: Batch):
     """GRPO as one would write it without this package's weights: the same credit for every token."""
 
-    def loss_of(log_probs: Tensor, rows: Tensor):
+    def loss_of(rows: Tensor):
+        log_probs = new_log_probs(model, batch, rows)
         advantages = batch.advantages[rows][:, None].expand_as(log_probs)
         return grpo_loss(
             log_probs, batch.old_log_probs[rows], advantages, batch.mask[rows], normalizer=batch.normalizer
@@ -264,9 +268,9 @@ def srpo_of_no_strength(model: TinyVLM, batch: Batch):
     assert not torch.equal(corrupted, batch.old_log_probs)
     assert not torch.equal(replaced, batch.old_log_probs)
 
-    def loss_of(log_probs: Tensor, rows: Tensor):
+    def loss_of(rows: Tensor):
         return srpo_loss(
-            log_probs,
+            new_log_probs(model, batch, rows),
             batch.old_log_probs[rows],
             corrupted[rows],
             replaced[rows],
@@ -289,11 +293,11 @@ def trace(start: TinyVLM, method) -> list[Tensor]:
     def listening(model: TinyVLM, batch: Batch):
         loss_of = method(model, batch)
 
-        def heard(log_probs: Tensor, rows: Tensor):
-            output = loss_of(log_probs, rows)
-            gradients = torch.autograd.grad(output.loss, list(model.parameters()), retain_graph=True)
+        def heard(rows: Tensor):
+            output = loss_of(rows)
+            gradients = torch.autograd.grad(output.loss, list(model.parameters()))
             seen.extend([output.loss.detach(), *gradients])
-            return output
+            return loss_of(rows)  # a loss has one backward
 
         return heard
 
@@ -311,6 +315,13 @@ def test_no_strength_is_grpo_bit_for_bit(writer, grpo_trace, method):
     found = trace(writer, method)
     assert len(found) == len(grpo_trace)
     assert all(torch.equal(a, b) for a, b in zip(found, grpo_trace, strict=True))
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_the_fused_loss_gives_the_same_training(writer, strength):
+    plain, fused = (trace(writer, SRPO(strength=strength, fused=fused)) for fused in (False, True))
+    for expected, found in zip(plain, fused, strict=True):
+        assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
 
 def test_srpo_is_not_grpo(writer, grpo_trace):
@@ -350,7 +361,7 @@ def study(tmp_path_factory) -> Study:
 
 @pytest.fixture(scope="module")
 def summary(study) -> dict:
-    return demonstrate(study, ["grpo", "srpo"], [0], workers=1, console=Console(quiet=True))
+    return demonstrate(study, METHODS, [0], workers=1, console=Console(quiet=True))
 
 
 def test_the_demo_writes_its_summary(study, summary):
@@ -424,6 +435,7 @@ def test_specimens_come_first(texts, kinds, tmp_path):
     mask = token_ids != PAD
     batch = Batch(
         red_and_blue(len(texts)),
+        red_and_blue(len(texts)).images,
         token_ids,
         mask,
         segment_roles(token_ids, mask, tag_ids=TAG_IDS, eos_token_id=EOS),
@@ -463,5 +475,5 @@ def test_a_seed_determines_everything(study, summary, tmp_path):
     # In another process: a result must not depend on what ran before it.
     elsewhere = replace(study, out=tmp_path)
     again = run_all(elsewhere, {"srpo": SRPO()}, [0], workers=2, on_event=lambda event: None)[0]
-    first = json.loads((study.out / "runs" / "srpo-seed0.json").read_text())["result"]
+    first = json.loads((study.out / "runs" / "srpo-lr0.0002-seed0.json").read_text())["result"]
     assert {**again, "cpu_seconds": 0} == {**first, "cpu_seconds": 0}

@@ -29,7 +29,7 @@ from benchmarks.grounding.report import (
     thinking_table,
     write_rollouts,
 )
-from benchmarks.grounding.runs import HELD_OUT, Event, Study, load, run_all
+from benchmarks.grounding.runs import HELD_OUT, Event, Job, Study, load, result_path, run_all
 from benchmarks.grounding.train import METHODS, SRPO, TrainConfig, roll_out
 from srpo_core.commands import heat_text
 from srpo_core.report import report_files
@@ -46,6 +46,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda for one run at a time on a GPU.")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side on the CPU, one thread each.")] = 2,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Take the loss straight from the hidden states, in one pass.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the results found there.")] = False,
 ) -> None:
     """Train a tiny VLM with GRPO and SRPO from one warm start a seed, on the reward of the final answer alone."""
@@ -56,15 +59,18 @@ def main(
         for part in ("warm_start", "runs"):
             shutil.rmtree(out / part, ignore_errors=True)
     study = Study(out, train=TrainConfig(steps=steps), device=device)
-    demonstrate(study, names, list(range(seeds)), workers=workers if device == "cpu" else 1, console=Console())
+    chosen = {name: replace(METHODS[name], fused=fused) for name in names}
+    demonstrate(study, chosen, list(range(seeds)), workers=workers if device == "cpu" else 1, console=Console())
 
 
-def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: int, console: Console) -> dict[str, Any]:
+def demonstrate(
+    study: Study, methods: dict[str, SRPO], seeds: list[int], *, workers: int, console: Console
+) -> dict[str, Any]:
     """Run the methods and write summary, curves, rollouts and heat maps to ``study.out``; return the summary."""
     started = time.time()
     study.out.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"[bold]{len(seeds)} warm starts, then {' and '.join(name.upper() for name in names)} from each[/bold]: "
+        f"[bold]{len(seeds)} warm starts, then {' and '.join(name.upper() for name in methods)} from each[/bold]: "
         f"{study.train.steps} steps of {study.train.prompts} x {study.train.group_size} responses, "
         "rewarded for the final answer only\n"
     )
@@ -79,7 +85,7 @@ def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: in
         bars = {
             (who, seed): progress.add_task(f"{who}, seed {seed}", start=False, note="", total=study.train.steps)
             for seed in seeds
-            for who in ("warm start", *names)
+            for who in ("warm start", *methods)
         }
 
         def show(event: Event) -> None:
@@ -94,7 +100,7 @@ def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: in
             if event["step"] == event["steps"]:
                 progress.stop_task(bar)
 
-        results = run_all(study, {name: METHODS[name] for name in names}, seeds, workers=workers, on_event=show)
+        results = run_all(study, methods, seeds, workers=workers, on_event=show)
     if found:
         console.print(f"{found} warm starts and runs were found in {study.out}; --fresh repeats them.\n")
 
@@ -115,7 +121,7 @@ def demonstrate(study: Study, names: list[str], seeds: list[int], *, workers: in
     (study.out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw_curves(results, study.out / "learning_curves.png")
     console.print(accuracy_table(summary), thinking_table(summary), sep="\n")
-    weighted = {name: method for name in names if isinstance(method := METHODS[name], SRPO) and method.strength > 0}
+    weighted = {name: method for name, method in methods.items() if method.strength > 0}
     for name, method in weighted.items():
         explain_weights(study, name, method, summary, console)
     console.print(
@@ -138,7 +144,7 @@ def explain_weights(study: Study, name: str, method: SRPO, summary: dict[str, An
             f"[bold]{digits / filler:.1f} times[/bold] as much."
         )
     seed = summary["seeds"][0]
-    model = load(study.out / "runs" / f"{name}-seed{seed}.pt", study.device)
+    model = load(study, result_path(Job(study, name, method, seed)).with_suffix(".pt"))
     config = replace(study.train, prompts=4 * study.train.prompts)  # lucky answers are rare
     batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
     rollouts = study.out / "rollouts.jsonl"

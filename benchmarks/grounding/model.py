@@ -43,14 +43,25 @@ class Block(nn.Module):
 
 
 class TinyVLM(nn.Module):
-    def __init__(self, *, width: int = 64, blocks: int = 2, heads: int = 4, max_words: int = 96):
+    def __init__(
+        self,
+        *,
+        width: int = 64,
+        blocks: int = 2,
+        heads: int = 4,
+        max_words: int = 96,
+        patch: int = PATCH,
+        cells: int = CELLS,
+        vocabulary: int = len(VOCABULARY),
+    ):
         super().__init__()
-        self.patch_embedding = nn.Linear(3 * PATCH * PATCH, width)
-        self.patch_position = nn.Parameter(0.02 * torch.randn(CELLS, width))
-        self.word_embedding = nn.Embedding(len(VOCABULARY), width)
+        self.patch = patch
+        self.patch_embedding = nn.Linear(3 * patch * patch, width)
+        self.patch_position = nn.Parameter(0.02 * torch.randn(cells, width))
+        self.word_embedding = nn.Embedding(vocabulary, width)
         self.word_position = nn.Parameter(0.02 * torch.randn(max_words, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(VOCABULARY))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
         nn.init.normal_(self.word_embedding.weight, std=0.02)
 
     @property
@@ -59,7 +70,10 @@ class TinyVLM(nn.Module):
 
     def embed_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch cells width"]:
         patches = rearrange(
-            images - 0.5, "b c (rows down) (columns right) -> b (rows columns) (c down right)", down=PATCH, right=PATCH
+            images - 0.5,
+            "b c (rows down) (columns right) -> b (rows columns) (c down right)",
+            down=self.patch,
+            right=self.patch,
         )
         return self.patch_embedding(patches) + self.patch_position
 
@@ -74,14 +88,26 @@ class TinyVLM(nn.Module):
         attention_mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time vocab"]:
         """Return the logits that predict each response token; a False in ``attention_mask`` hides it from all."""
-        x = torch.cat([self.embed_images(images), self.embed_words(torch.cat([questions, responses], 1))], 1)
+        return self.head(
+            self.hidden(images, questions, self.embed_words(responses, questions.shape[1]), attention_mask)
+        )
+
+    def hidden(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        questions: Int[Tensor, "batch words"],
+        embeddings: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time width"]:
+        """Return what the output layer reads to predict each response token, given the tokens' embeddings."""
+        x = torch.cat([self.embed_images(images), self.embed_words(questions), embeddings], 1)
         attend = None
         if attention_mask is not None:
             visible = F.pad(attention_mask, (x.shape[1] - attention_mask.shape[1], 0), value=True)
             attend = visible[:, None, None] & visible.new_ones(x.shape[1], x.shape[1]).tril()
         for block in self.blocks:
             x, _ = block(x, attend=attend)
-        return self.head(self.norm(x[:, -responses.shape[1] - 1 : -1]))
+        return self.norm(x[:, -embeddings.shape[1] - 1 : -1])
 
     @torch.no_grad()
     def generate(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import queue
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,9 +16,9 @@ import torch
 from torch import Generator
 
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.train import SRPO, Method, TrainConfig, roll_out, train
-from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, warm_start
-from benchmarks.grounding.world import FIRST_FILLER, SPLITS, ZERO, PriorClash
+from benchmarks.grounding.train import Method, TrainConfig, roll_out, train
+from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, new_model, warm_start
+from benchmarks.grounding.world import ZERO, PriorClash, World, evidence
 from srpo_core import Role
 
 HELD_OUT = 1_000_000  # seeds from here on are for evaluation: training seeds are small
@@ -31,7 +32,7 @@ class Study:
     """What is run, and where the results go. A result counts as found if everything but ``out`` is the same."""
 
     out: Path
-    world: PriorClash = field(default_factory=PriorClash)
+    world: World = field(default_factory=PriorClash)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     device: str = "cpu"
@@ -44,36 +45,58 @@ class Study:
         return settings | {"seed": seed, "method": repr(method), "torch": torch.__version__}
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run: a method from one seed's warm start."""
+
+    study: Study
+    name: str
+    method: Method
+    seed: int
+
+
 def run_all(
     study: Study, methods: Mapping[str, Method], seeds: Sequence[int], *, workers: int = 1, on_event: Listener
 ) -> list[dict[str, Any]]:
-    """Return the result of every method from every seed's warm start, as :func:`run` gives it.
+    """Return the result of every method from every seed's warm start, as :func:`run` gives it."""
+    jobs = [Job(study, name, method, seed) for seed in seeds for name, method in methods.items()]
+    return run_jobs(jobs, workers=workers, on_event=on_event)
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int = 1, on_event: Listener) -> list[dict[str, Any]]:
+    """Return the result of every job, in their order, as :func:`run` gives it.
 
     With several workers, methods must be picklable: instances of a dataclass such as
     :class:`~benchmarks.grounding.train.SRPO`, or functions of a module.
     """
+    after: dict[tuple[Path, int], list[int]] = {}  # jobs that wait for one warm start
+    for index, job in enumerate(jobs):
+        after.setdefault((job.study.out, job.seed), []).append(index)
     if workers == 1:
-        for seed in seeds:
-            prepare(study, seed, on_event)
-        return [run(study, name, method, seed, on_event) for seed in seeds for name, method in methods.items()]
+        for indices in after.values():
+            prepare(jobs[indices[0]].study, jobs[indices[0]].seed, on_event)
+        return [run(job, on_event) for job in jobs]
     # Forking a process that has used torch can hang, hence "spawn".
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
-    results = []
+    results: dict[int, dict[str, Any]] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (events,)) as pool:
-        waiting: dict[Future, int | None] = {pool.submit(_work, prepare, study, seed): seed for seed in seeds}
-        while waiting:
-            done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+        preparing = {
+            pool.submit(_work, prepare, jobs[indices[0]].study, jobs[indices[0]].seed): indices
+            for indices in after.values()
+        }
+        running: dict[Future, int] = {}
+        while preparing or running:
+            done, _ = wait([*preparing, *running], timeout=0.1, return_when=FIRST_COMPLETED)
             _pass_on(events, on_event)
             for future in done:
-                seed, result = waiting.pop(future), future.result()
-                if seed is None:
-                    results.append(result)
+                if future in running:
+                    results[running.pop(future)] = future.result()
                 else:
-                    runs = [pool.submit(_work, run, study, name, method, seed) for name, method in methods.items()]
-                    waiting |= dict.fromkeys(runs)
+                    future.result()
+                    running |= {pool.submit(_work, run, jobs[index]): index for index in preparing.pop(future)}
         _pass_on(events, on_event)
-    return sorted(results, key=lambda result: (result["seed"], list(methods).index(result["method"])))
+    return [results[index] for index in range(len(jobs))]
 
 
 def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
@@ -101,9 +124,10 @@ def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
     return _keep(path, identity, result)
 
 
-def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) -> dict[str, Any]:
+def run(job: Job, on_event: Listener) -> dict[str, Any]:
     """Return the rates of each split before and after training, the learning curve, mean weights and CPU seconds."""
-    path = study.out / "runs" / f"{name}-seed{seed}.json"
+    study, name, method, seed = job.study, job.name, job.method, job.seed
+    path = result_path(job)
     identity = study.identity(seed, method)
     steps = study.train.steps
     if (found := _find(path, identity)) is not None:
@@ -111,8 +135,9 @@ def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) 
         return found
     started = time.process_time()
     before = prepare(study, seed, lambda event: None)
-    model = load(study.out / "warm_start" / f"seed{seed}.pt", study.device)
-    curve: list[dict[str, float]] = [{"step": 0, "conflict": before["rates"]["conflict"]["answer"]}]
+    model = load(study, study.out / "warm_start" / f"seed{seed}.pt")
+    conflict = before["rates"]["conflict"]
+    curve: list[dict[str, float]] = [{"step": 0, "conflict": conflict["answer"], "grounded": conflict["grounded"]}]
     mean_weights_before = mean_weights(study, model, method)
     rewards = []
 
@@ -122,8 +147,11 @@ def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) 
         event = {"who": name, "seed": seed, "step": step, "steps": steps, "reward": reward}
         if step % study.evaluate_every == 0 or step == steps:
             size = study.evaluation_size // 2
-            event["conflict"] = evaluate(model, study.world, "conflict", n=size, seed=HELD_OUT + 1)["answer"]
-            curve.append({"step": step, "reward": reward, "conflict": event["conflict"]})
+            conflict = evaluate(model, study.world, "conflict", n=size, seed=HELD_OUT + 1)
+            event["conflict"] = conflict["answer"]
+            curve.append(
+                {"step": step, "reward": reward, "conflict": conflict["answer"], "grounded": conflict["grounded"]}
+            )
         on_event(event)
 
     train(model, study.world, method, study.train, seed=seed, on_step=tell)
@@ -132,6 +160,8 @@ def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) 
     result = {
         "method": name,
         "seed": seed,
+        "learning_rate": study.train.learning_rate,
+        "rewards": rewards,
         "rates": {"before": before["rates"], "after": rates(study, model)},
         "curve": curve,
         "mean_weights": {"before": mean_weights_before, "after": mean_weights(study, model, method)},
@@ -140,26 +170,42 @@ def run(study: Study, name: str, method: Method, seed: int, on_event: Listener) 
     return _keep(path, identity, result)
 
 
+def result_path(job: Job) -> Path:
+    """Where a run leaves its result, and beside it the weights."""
+    name = re.sub(r"[^a-z0-9]+", "-", job.name.lower())
+    return job.study.out / "runs" / f"{name}-lr{job.study.train.learning_rate:g}-seed{job.seed}.json"
+
+
 def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
     """Return the exact rates of each split, on the same problems for every model."""
-    return {split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT) for split in SPLITS}
+    return {
+        split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT)
+        for split in study.world.splits
+    }
 
 
 def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:
-    """Return a method's mean weight on the digits and on the filler words of a perception, over fresh live groups."""
-    if not isinstance(method, SRPO):  # another method: nothing that could be weighed this way
+    """Return a method's mean weight on each kind of token, over fresh live groups."""
+    if not hasattr(method, "weights"):  # its credit is not a weight
         return {}
     config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
     batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
-    weights, token_ids = method.credit(batch, *method.look_again(model, batch)).weights, batch.token_ids
+    weights, token_ids = method.weights(model, batch), batch.token_ids
     perceived = batch.segmentation.roles == int(Role.PERCEPTION)
-    kinds = {"digits": (token_ids >= ZERO) & (token_ids < ZERO + 10), "filler": token_ids >= FIRST_FILLER}
-    return {kind: weights[perceived & tokens].mean().item() for kind, tokens in kinds.items()}
+    digits, carrying = (token_ids >= ZERO) & (token_ids < ZERO + 10), evidence(token_ids, batch.problems)
+    kinds = {
+        "digits": perceived & digits,
+        "filler": perceived & (token_ids >= study.world.first_filler),
+        "asked": perceived & carrying,
+        "not asked": perceived & digits & ~carrying,
+        "reasoning": carrying & ~perceived,
+    }
+    return {kind: weights[tokens].mean().item() for kind, tokens in kinds.items() if tokens.any()}
 
 
-def load(path: Path, device: str = "cpu") -> TinyVLM:
-    model = TinyVLM().to(device)
-    model.load_state_dict(torch.load(path, map_location=device))
+def load(study: Study, path: Path) -> TinyVLM:
+    model = new_model(study.world).to(study.device)
+    model.load_state_dict(torch.load(path, map_location=study.device))
     return model
 
 

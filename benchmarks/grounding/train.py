@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.world import EOS, PAD, PATCH, TAG_IDS, PriorClash, Problems, read, reward
+from benchmarks.grounding.world import EOS, PAD, TAG_IDS, Problems, World, read, reward
 from srpo_core import (
     LossOutput,
     RoleAdvantages,
     Segmentation,
     corrupt_images,
     counterfactual_responses,
+    fused_linear_srpo_loss,
     group_advantages,
     segment_roles,
     srpo_advantages,
@@ -30,6 +32,7 @@ class Batch(NamedTuple):
     """One step's responses, a row each, and what the trainer knows about them."""
 
     problems: Problems
+    other_images: Float[Tensor, "batch 3 height width"]  # of the next prompt
     token_ids: Int[Tensor, "batch time"]
     mask: Bool[Tensor, "batch time"]
     segmentation: Segmentation  # what each token does
@@ -40,8 +43,8 @@ class Batch(NamedTuple):
     step: int
 
 
-# Looks at a batch once and returns the loss of some of its rows as a function of (new log-probs, rows).
-Method = Callable[[TinyVLM, Batch], Callable[[Tensor, Tensor], LossOutput]]
+# Looks at a batch once and returns the loss of some of its rows, under the model as it is at that moment.
+Method = Callable[[TinyVLM, Batch], Callable[[Tensor], LossOutput]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TrainConfig:
 
 def train(
     model: TinyVLM,
-    world: PriorClash,
+    world: World,
     method: Method,
     config: TrainConfig,
     *,
@@ -72,8 +75,7 @@ def train(
         if len(batch.token_ids) > 0:
             loss_of = method(model, batch)
             for rows in torch.randperm(len(batch.token_ids), generator=generator).chunk(config.updates):
-                log_probs = log_probs_of(model, batch.problems.rows(rows), batch.token_ids[rows])
-                loss, loss_metrics = loss_of(log_probs, rows)
+                loss, loss_metrics = loss_of(rows)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,7 +86,7 @@ def train(
 
 @torch.no_grad()
 def roll_out(
-    model: TinyVLM, world: PriorClash, config: TrainConfig, generator: Generator, step: int
+    model: TinyVLM, world: World, config: TrainConfig, generator: Generator, step: int
 ) -> tuple[Batch, dict[str, float]]:
     """Return one step's responses with their advantages, and their metrics.
 
@@ -99,6 +101,7 @@ def roll_out(
         group_size=config.group_size,
         generator=generator,
     )
+    other_images = problems.images.roll(-1, 0).repeat_interleave(config.group_size, 0)
     problems = problems.repeat(config.group_size)
     group_ids = torch.arange(config.prompts, device=model.device).repeat_interleave(config.group_size)
     rewards = reward(rollouts.token_ids, problems)
@@ -107,6 +110,7 @@ def roll_out(
     problems, token_ids = problems.rows(live), rollouts.token_ids[live]
     batch = Batch(
         problems,
+        other_images[live],
         token_ids,
         rollouts.mask[live],
         segment_roles(token_ids, rollouts.mask[live], tag_ids=TAG_IDS, eos_token_id=EOS),
@@ -129,6 +133,7 @@ class SRPO:
         corruption_strength: How much of it; None: the kind's default.
         counterfactual: What becomes of the perception (:func:`~srpo_core.counterfactual_responses`).
         options: Further options of the weights (:func:`~srpo_core.srpo_advantages`).
+        fused: Take the loss straight from the hidden states (:func:`~srpo_core.fused_linear_srpo_loss`).
     """
 
     strength: float = 1.0
@@ -136,13 +141,20 @@ class SRPO:
     corruption_strength: float | None = None
     counterfactual: CounterfactualKind = "swap"
     options: Mapping[str, Any] = field(default_factory=dict)
+    fused: bool = False
 
-    def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor, Tensor], LossOutput]:
+    def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor], LossOutput]:
         corrupted, replaced = self.look_again(model, batch)
 
-        def loss_of(log_probs: Tensor, rows: Tensor) -> LossOutput:
-            return srpo_loss(
-                log_probs,
+        def loss_of(rows: Tensor) -> LossOutput:
+            if self.fused:
+                problems, token_ids = batch.problems.rows(rows), batch.token_ids[rows]
+                embeddings = model.embed_words(token_ids, problems.questions.shape[1])
+                hidden = model.hidden(problems.images, problems.questions, embeddings)
+                loss = partial(fused_linear_srpo_loss, hidden, model.head.weight, token_ids, bias=model.head.bias)
+            else:
+                loss = partial(srpo_loss, new_log_probs(model, batch, rows))
+            return loss(
                 batch.old_log_probs[rows],
                 None if corrupted is None else corrupted[rows],
                 None if replaced is None else replaced[rows],
@@ -163,6 +175,9 @@ class SRPO:
         corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
         return corrupted, with_other_perception(model, batch, self.counterfactual)
 
+    def weights(self, model: TinyVLM, batch: Batch) -> Float[Tensor, "batch time"]:
+        return self.credit(batch, *self.look_again(model, batch)).weights
+
     def credit(self, batch: Batch, corrupted: Tensor | None, replaced: Tensor | None) -> RoleAdvantages:
         """Return the weights that training on this batch would use, from what :meth:`look_again` saw."""
         return srpo_advantages(
@@ -182,15 +197,23 @@ def with_corrupted_image(
     model: TinyVLM, batch: Batch, kind: CorruptionKind = "patch_mask", strength: float | None = None
 ) -> Float[Tensor, "batch time"]:
     """Return the log-prob of each response token, in nats, had the image been corrupted."""
-    images = corrupt_images(
+    images = corrupted_images(model, batch, kind, strength)
+    return log_probs_of(model, replace(batch.problems, images=images), batch.token_ids)
+
+
+def corrupted_images(
+    model: TinyVLM, batch: Batch, kind: CorruptionKind = "patch_mask", strength: float | None = None
+) -> Float[Tensor, "batch 3 height width"]:
+    if kind == "other_image":  # also where a single group is live
+        return batch.other_images
+    return corrupt_images(
         batch.problems.images,
         prompt_ids=batch.group_ids,
         kind=kind,
         strength=strength,
-        patch_size=PATCH,
+        patch_size=model.patch,
         step=batch.step,
     )
-    return log_probs_of(model, replace(batch.problems, images=images), batch.token_ids)
 
 
 @torch.no_grad()
@@ -215,9 +238,14 @@ def with_other_perception(
     return other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs)
 
 
+def new_log_probs(model: TinyVLM, batch: Batch, rows: Tensor) -> Float[Tensor, "rows time"]:
+    """Return the log-prob of each token of some responses under the model as it is now, in nats."""
+    return log_probs_of(model, batch.problems.rows(rows), batch.token_ids[rows])
+
+
 def log_probs_of(model: TinyVLM, problems: Problems, token_ids: Tensor) -> Float[Tensor, "batch time"]:
     """Return the log-prob of each response token, in nats."""
     return token_log_probs(model(problems.images, problems.questions, token_ids), token_ids)
 
 
-METHODS: dict[str, Method] = {"grpo": SRPO(strength=0.0), "srpo": SRPO()}
+METHODS: dict[str, SRPO] = {"grpo": SRPO(strength=0.0), "srpo": SRPO()}

@@ -6,8 +6,9 @@ number is often right. An answer can come from the image or from this shortcut; 
 of the two it was is known without a judge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from einops import rearrange
@@ -72,7 +73,9 @@ class Problems:
     questions: Int[Tensor, "batch words"]
     colours: Int[Tensor, "batch 2"]  # the two colours asked for
     counts: Int[Tensor, "batch 2"]  # of these colours in the image
-    shortcut: Int[Tensor, " batch"]  # the answer the place suggests; -1: none
+    shortcut: Int[Tensor, " batch"]  # the answer the question suggests; -1: none
+    readings: Int[Tensor, "batch all"]  # everything there is to perceive, in the order of the labels
+    hints: Int[Tensor, "batch all"]  # what the question suggests for each; -1: nothing
 
     @property
     def answers(self) -> Int[Tensor, " batch"]:
@@ -100,6 +103,26 @@ class Reading(NamedTuple):
     answer: Int[Tensor, " batch"]
 
 
+class World(Protocol):
+    """What a study needs of a world; its tags, digits and labels have the token ids of this module."""
+
+    shortcut_right: float
+    patch: ClassVar[int]  # pixels along a side of a patch
+    cells: ClassVar[int]  # patches of an image
+    vocabulary: ClassVar[tuple[str, ...]]
+    first_filler: ClassVar[int]
+    splits: ClassVar[tuple[Split, ...]]
+
+    @property
+    def response_length(self) -> int: ...
+
+    def sample(self, n: int, split: Split, generator: Generator) -> Problems: ...
+
+    def demonstrate(
+        self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
+    ) -> Int[Tensor, "batch time"]: ...
+
+
 @dataclass(frozen=True)
 class PriorClash:
     """Draws problems and demonstrations of them.
@@ -113,6 +136,12 @@ class PriorClash:
     filler: int = 3
     pixel_noise: float = 0.25
     shortcut_right: float = 0.25
+
+    patch = PATCH
+    cells = CELLS
+    vocabulary = VOCABULARY
+    first_filler = FIRST_FILLER
+    splits = tuple(SPLITS)
 
     @property
     def response_length(self) -> int:
@@ -135,7 +164,9 @@ class PriorClash:
         cells = torch.full((n, CELLS), -1) if split == "blind" else _lay_out(colours, counts, generator)
         contrast = 0.6 if split == "low_contrast" else 1.0
         images = render(cells, generator, noise=self.pixel_noise, contrast=contrast, shifted=split == "shifted")
-        return Problems(images, _question(colours[:, :2], place), colours[:, :2], counts, shortcut)
+        counted = torch.stack([(cells == colour).sum(1) for colour in range(len(COLOURS))], 1)
+        hints = torch.full_like(counted, -1)
+        return Problems(images, _question(colours[:, :2], place), colours[:, :2], counts, shortcut, counted, hints)
 
     def demonstrate(
         self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
@@ -277,5 +308,13 @@ def measure(responses: Int[Tensor, "batch time"], problems: Problems) -> dict[st
     return {name: rate.double().mean().item() for name, rate in rates.items()}
 
 
-def to_words(token_ids: Tensor) -> list[str]:
-    return [VOCABULARY[token] for token in token_ids.tolist()]
+def evidence(responses: Int[Tensor, "batch time"], problems: Problems) -> Bool[Tensor, "batch time"]:
+    """Return which tokens carry the answer: the numbers perceived of what was asked for, and all numbers after them."""
+    numbers = (responses >= ZERO) & (responses < ZERO + 10)
+    asked = (responses[:, None] == FIRST_COLOUR + problems.colours[:, :, None]).any(1)
+    after = (responses == P_CLOSE).int().cumsum(1) > 0
+    return numbers & (after | torch.nn.functional.pad(asked[:, :-1], (1, 0)))
+
+
+def to_words(token_ids: Tensor, vocabulary: Sequence[str] = VOCABULARY) -> list[str]:
+    return [vocabulary[token] for token in token_ids.tolist()]
