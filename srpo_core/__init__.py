@@ -44,6 +44,7 @@ from srpo_core.roles import (
     segment_roles,
 )
 from srpo_core.srpo import RoleAdvantages, SRPOConfig, srpo_advantages, srpo_loss
+from srpo_core.use import apply_use, perception_spans, perception_use, span_use
 from srpo_core.weights import RoleScales, ScaleState, mix_schedule, role_scales, shared_baseline_weights
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "ScaleState",
     "Segmentation",
     "aggregate",
+    "apply_use",
     "cispo_surrogate",
     "clipped_surrogate",
     "corrupt_images",
@@ -79,12 +81,15 @@ __all__ = [
     "kl_penalty",
     "mix_schedule",
     "perception_consistency",
+    "perception_spans",
+    "perception_use",
     "role_advantages",
     "role_scales",
     "sapo_surrogate",
     "segment_responses",
     "segment_roles",
     "shared_baseline_weights",
+    "span_use",
     "srpo_advantages",
     "srpo_loss",
     "token_divergence",

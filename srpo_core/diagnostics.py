@@ -11,7 +11,15 @@ from srpo_core.contrasts import contrast
 from srpo_core.roles import BrokenReason, Role
 from srpo_core.typechecking import typechecked
 
-__all__ = ["QUANTILES", "ROLE_NAMES", "Answer", "credit_diagnostics", "credit_metrics"]
+__all__ = [
+    "INTERFERENCE_MATTERS",
+    "QUANTILES",
+    "ROLE_NAMES",
+    "Answer",
+    "credit_diagnostics",
+    "credit_metrics",
+    "interference",
+]
 
 #: The quantiles that are logged, in percent, by the last part of their name.
 QUANTILES = {"p05": 5, "p50": 50, "p95": 95}
@@ -21,6 +29,9 @@ ROLE_NAMES = {Role.PERCEPTION: "perception", Role.REASONING: "reasoning"}
 
 #: An answer is one or the other where it is known.
 Answer = Literal["right", "wrong"]
+
+#: Below this :func:`interference` there is nothing to be gained by weights: stay with GRPO.
+INTERFERENCE_MATTERS = 0.1
 
 
 @typechecked
@@ -189,6 +200,53 @@ def credit_diagnostics(
         swappable = where["perception"].any(1) & where["reasoning"].any(1)
         metrics["swap/coverage"] = masked_mean((donors >= 0).to(dtype), swappable)
     return metrics
+
+
+@typechecked
+def interference(
+    down_divergence: Float[Tensor, "batch time"],
+    up_divergence: Float[Tensor, "batch time"],
+    weights: Float[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+) -> Float[Tensor, ""]:
+    r"""How far learning from the tokens that weigh little moves the perception that weighs much, against its own.
+
+    .. math:: I = \operatorname{mean}_E d^\downarrow / \operatorname{mean}_E d^\uparrow, \qquad
+        E = \{t \in P : w_t > 1\}
+
+    Weights take credit from tokens below 1. Where these share no circuit with the perception their gradient moves it
+    by nothing, and nothing is gained by removing it: in this project's pilots :math:`I` was at most 0.012 for filler
+    words, where even oracle weights did not help, and 1.2 for readings that the question did not ask for, where they
+    did. Below :data:`INTERFERENCE_MATTERS`, stay with GRPO.
+
+    Take the two divergences once, on one rollout batch: copy the model, make one plain gradient step (no optimiser
+    state, the same learning rate for both) on the unweighted GRPO loss of the tokens with a weight below 1 alone, and
+    pass :func:`~srpo_core.token_divergence` between the logits before and after; then the same for those above 1.
+
+    Args:
+        down_divergence: Of each next-token distribution, nats, after the step on the tokens with a weight below 1.
+        up_divergence: After the step on those above 1.
+        weights: From :func:`~srpo_core.shared_baseline_weights`.
+        roles: What each token does.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+
+    Returns:
+        A detached 0-d ratio, at least 0: 0 where no perception token weighs more than 1, infinite where only the step
+        on the others moved them.
+
+    Example:
+        >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING]])
+        >>> interference(torch.tensor([[0.01, 0.5, 0.5]]), torch.tensor([[0.04, 0.1, 0.1]]),
+        ...              torch.tensor([[1.8, 0.6, 0.6]]), roles, roles >= 0)
+        tensor(0.2500)
+
+    References:
+        None: a diagnostic of this project.
+    """
+    weighty = mask & (roles == int(Role.PERCEPTION)) & (weights.detach() > 1.0)
+    down, up = (masked_mean(divergence.detach(), weighty) for divergence in (down_divergence, up_divergence))
+    return torch.where(weighty.any() & (down > 0), down / up, 0.0)
 
 
 def _powers(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

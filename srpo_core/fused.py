@@ -20,6 +20,7 @@ from srpo_core.log_probs import full_kl, jsd
 from srpo_core.losses import KLEstimator, LossOutput, Reduction, Surrogate, aggregate, grpo_loss, token_losses
 from srpo_core.srpo import Scale, Score, step_credit
 from srpo_core.typechecking import choose, typechecked
+from srpo_core.use import Use
 from srpo_core.weights import Baseline, Renormalization, Sign, WeightMap
 
 __all__ = [
@@ -365,6 +366,8 @@ def fused_linear_srpo_loss(
     score_clip: float = 5.0,
     visual_divergence: Float[Tensor, "batch time"] | None = None,
     consistency_divergence: Float[Tensor, "batch time"] | None = None,
+    perception_use: Float[Tensor, "batch time"] | None = None,
+    use: Use = "product",
     baseline: Baseline = "token",
     weight_map: WeightMap = "exp_tanh",
     renormalization: Renormalization = "trajectory",
@@ -420,6 +423,8 @@ def fused_linear_srpo_loss(
         score_clip: See :func:`~srpo_core.srpo_loss`.
         visual_divergence: See :func:`~srpo_core.srpo_loss`.
         consistency_divergence: See :func:`~srpo_core.srpo_loss`.
+        perception_use: See :func:`~srpo_core.srpo_loss`.
+        use: See :func:`~srpo_core.srpo_loss`.
         baseline: See :func:`~srpo_core.srpo_loss`.
         weight_map: See :func:`~srpo_core.srpo_loss`.
         renormalization: See :func:`~srpo_core.srpo_loss`.
@@ -483,6 +488,8 @@ def fused_linear_srpo_loss(
         score_clip=score_clip,
         visual_divergence=visual_divergence,
         consistency_divergence=consistency_divergence,
+        perception_use=perception_use,
+        use=use,
         baseline=baseline,
         weight_map=weight_map,
         renormalization=renormalization,

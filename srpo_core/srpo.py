@@ -18,6 +18,7 @@ from srpo_core.log_probs import DivergenceKind
 from srpo_core.losses import GSPO_REFUSAL, KLEstimator, LossOutput, Reduction, Surrogate, grpo_loss
 from srpo_core.roles import Role, RoleTags
 from srpo_core.typechecking import choose, typechecked
+from srpo_core.use import Use, used
 from srpo_core.weights import (
     Baseline,
     Renormalization,
@@ -62,6 +63,8 @@ def srpo_advantages(
     score_clip: float = 5.0,
     visual_divergence: Float[Tensor, "batch time"] | None = None,
     consistency_divergence: Float[Tensor, "batch time"] | None = None,
+    perception_use: Float[Tensor, "batch time"] | None = None,
+    use: Use = "product",
     baseline: Baseline = "token",
     weight_map: WeightMap = "exp_tanh",
     renormalization: Renormalization = "trajectory",
@@ -96,6 +99,10 @@ def srpo_advantages(
         score_clip: Bound of both scores, nats, above 0.
         visual_divergence: Needed and read only by a divergence as `visual_score`, nats.
         consistency_divergence: Needed and read only by a divergence as `consistency_score`, nats.
+        perception_use: What the reasoning owes to each perception token, 1 on average, from
+            :func:`~srpo_core.perception_use` or :func:`~srpo_core.span_use`; with it the returned visual dependency
+            is the score after use. None: the image alone decides. An extension of this project, not SRPO's.
+        use: How the two are combined, :func:`~srpo_core.apply_use`; read only with `perception_use`.
         baseline: See :func:`~srpo_core.shared_baseline_weights`.
         weight_map: See there.
         renormalization: See there.
@@ -135,6 +142,7 @@ def srpo_advantages(
         counterfactual_log_probs=counterfactual_log_probs,
         visual_divergence=visual_divergence,
         consistency_divergence=consistency_divergence,
+        perception_use=perception_use,
     )
     return _role_advantages(
         old_log_probs,
@@ -150,6 +158,8 @@ def srpo_advantages(
         score_clip=score_clip,
         visual_divergence=visual_divergence,
         consistency_divergence=consistency_divergence,
+        perception_use=perception_use,
+        use=use,
         baseline=baseline,
         weight_map=weight_map,
         renormalization=renormalization,
@@ -181,6 +191,8 @@ def srpo_loss(
     score_clip: float = 5.0,
     visual_divergence: Float[Tensor, "batch time"] | None = None,
     consistency_divergence: Float[Tensor, "batch time"] | None = None,
+    perception_use: Float[Tensor, "batch time"] | None = None,
+    use: Use = "product",
     baseline: Baseline = "token",
     weight_map: WeightMap = "exp_tanh",
     renormalization: Renormalization = "trajectory",
@@ -225,6 +237,8 @@ def srpo_loss(
         score_clip: See :func:`srpo_advantages`.
         visual_divergence: See :func:`srpo_advantages`.
         consistency_divergence: See :func:`srpo_advantages`.
+        perception_use: See :func:`srpo_advantages`.
+        use: See :func:`srpo_advantages`.
         baseline: See :func:`srpo_advantages`.
         weight_map: See :func:`srpo_advantages`.
         renormalization: See :func:`srpo_advantages`.
@@ -282,6 +296,8 @@ def srpo_loss(
         score_clip=score_clip,
         visual_divergence=visual_divergence,
         consistency_divergence=consistency_divergence,
+        perception_use=perception_use,
+        use=use,
         baseline=baseline,
         weight_map=weight_map,
         renormalization=renormalization,
@@ -426,6 +442,8 @@ def step_credit(
     surrogate: str,
     visual_divergence: Tensor | None,
     consistency_divergence: Tensor | None,
+    perception_use: Tensor | None,
+    use: str,
     strength: float,
     scale: str,
     mix: float,
@@ -447,6 +465,7 @@ def step_credit(
             counterfactual_log_probs=counterfactual_log_probs,
             visual_divergence=visual_divergence,
             consistency_divergence=consistency_divergence,
+            perception_use=perception_use,
         )
     return _role_advantages(
         old_log_probs,
@@ -457,6 +476,8 @@ def step_credit(
         mask,
         visual_divergence=visual_divergence,
         consistency_divergence=consistency_divergence,
+        perception_use=perception_use,
+        use=use,
         strength=strength,
         scale=scale,
         mix=mix,
@@ -480,6 +501,8 @@ def _role_advantages(
     score_clip: float,
     visual_divergence: Tensor | None,
     consistency_divergence: Tensor | None,
+    perception_use: Tensor | None,
+    use: str,
     scale: str,
     visual_scale: float,
     consistency_scale: float,
@@ -488,13 +511,14 @@ def _role_advantages(
     **weight_options: Any,
 ) -> RoleAdvantages:
     """`srpo_advantages` without the checks of values, so without a host sync."""
+    perception, reasoning = mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING))
     visual = _scores(
         ("visual_score", "visual_divergence"),
         visual_score,
         old_log_probs,
         corrupted_log_probs,
         visual_divergence,
-        mask & (roles == int(Role.PERCEPTION)),
+        perception,
         score_clip,
     )
     consistency = _scores(
@@ -503,9 +527,12 @@ def _role_advantages(
         old_log_probs,
         counterfactual_log_probs,
         consistency_divergence,
-        mask & (roles == int(Role.REASONING)),
+        reasoning,
         score_clip,
     )
+    choose("use", use, dict.fromkeys(get_args(Use)))
+    if perception_use is not None:
+        visual = used(visual, perception_use, perception, mode=use)
     decay = choose("scale", scale, {"fixed": None, "batch_rms": 0.0, "ema_rms": scale_decay})
     scales: tuple[float | Tensor, float | Tensor] = (visual_scale, consistency_scale)
     if decay is not None:

@@ -210,3 +210,70 @@ def aggregate(losses, mask, reduction="token_mean", normalizer=None):
     if reduction == "sum":
         return total
     return total / (normalizer if normalizer is not None else max(count, 1))
+
+
+def _mean_one(values, roles, mask, known):
+    """One row: values over their mean where known, 1 at the other perception tokens, 0 elsewhere."""
+    perception = [t for t in range(len(mask)) if mask[t] and roles[t] == PERCEPTION]
+    members = [t for t in perception if known[t]]
+    mean = math.fsum(values[t] for t in members) / len(members) if members else 0.0
+    row = [0.0] * len(mask)
+    for t in perception:
+        row[t] = values[t] / mean if t in members and mean > 0 else 1.0
+    return row
+
+
+def linear_use(coefficients, log_probs, roles, mask):
+    """Use by gradient where token r has log-odds sum_t <coefficients[r][t], e_t>: these vectors are the gradient."""
+    result = []
+    for row in range(len(mask)):
+        time = range(len(mask[row]))
+        reasoning = [r for r in time if mask[row][r] and roles[row][r] == REASONING]
+        values = []
+        for t in time:
+            gradient = [0.0] * len(coefficients[row][t][t])
+            for r in reasoning:
+                p = math.exp(log_probs[row][r])
+                # Of log p the slope is 1 - p; that of the log-odds undoes it, except near certainty.
+                factor = (1 - p) / (1 - min(p, math.exp(-1e-3)))
+                gradient = [g + factor * x for g, x in zip(gradient, coefficients[row][r][t], strict=True)]
+            values.append(math.sqrt(math.fsum(g * g for g in gradient)))
+        result.append(_mean_one(values, roles[row], mask[row], [bool(reasoning)] * len(mask[row])))
+    return result
+
+
+def spans(roles, mask, count):
+    result = []
+    for row_roles, row_mask in zip(roles, mask, strict=True):
+        perception = [t for t in range(len(row_mask)) if row_mask[t] and row_roles[t] == PERCEPTION]
+        row = [-1] * len(row_mask)
+        pieces = min(count, len(perception))
+        for k in range(pieces):
+            # Span k begins at the first token whose share of the way is at least k of the pieces.
+            start, end = (-(-edge * len(perception) // pieces) for edge in (k, k + 1))
+            for t in perception[start:end]:
+                row[t] = k
+        result.append(row)
+    return result
+
+
+def span_use(log_probs, without, spans, roles, mask, clip=5.0):
+    result = []
+    for i in range(len(mask)):
+        reasoning = [t for t in range(len(mask[i])) if mask[i][t] and roles[i][t] == REASONING]
+        owed = [math.fsum(contrast(log_probs[i][r], w[i][r], "positive", clip) for r in reasoning) for w in without]
+        values = [owed[k] if 0 <= k < len(owed) else 0.0 for k in spans[i]]
+        result.append(_mean_one(values, roles[i], mask[i], [k >= 0 for k in spans[i]]))
+    return result
+
+
+def apply_use(visual, use, roles, mask, mode="product"):
+    result = []
+    for i in range(len(mask)):
+        perception = [t for t in range(len(mask[i])) if mask[i][t] and roles[i][t] == PERCEPTION]
+        row = [0.0] * len(mask[i])
+        for t in perception:
+            score = visual[i][t] if mode == "product" else math.fsum(visual[i][k] for k in perception) / len(perception)
+            row[t] = score * use[i][t]
+        result.append(row)
+    return result

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_core import Role, srpo_advantages
-from srpo_core.diagnostics import QUANTILES, credit_diagnostics, credit_metrics
+from srpo_core.diagnostics import QUANTILES, credit_diagnostics, credit_metrics, interference
 
 ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
 
@@ -178,3 +178,30 @@ def test_errors_name_the_argument():
         credit_diagnostics(ones, ones, ones, roles, ones.bool(), repeated_log_probs=ones)
     with pytest.raises(TypeError, match="advantages must be .*pass one value per response"):
         credit_diagnostics(ones, ones, ones, roles, ones.bool(), advantages=ones)
+
+
+@given(batches())
+def test_interference_is_the_ratio_over_the_perception_that_weighs_more_than_one(batch):
+    weights = inputs(batch)[0]
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.rand(batch.mask.shape, generator=generator).double() for _ in range(2))
+    down, up = (torch.where(batch.mask, divergence, torch.nan) for divergence in (down, up))
+    places = [
+        (row, time)
+        for row, time in batch.mask.nonzero().tolist()
+        if batch.roles[row, time] == Role.PERCEPTION and weights[row, time] > 1
+    ]
+    expected = 0.0
+    if places:
+        means = [statistics.fmean(divergence[place].item() for place in places) for divergence in (down, up)]
+        expected = means[0] / means[1]
+    found = interference(down, up, weights, batch.roles, batch.mask)
+    assert found.shape == ()
+    assert found.item() == pytest.approx(expected)
+
+
+def test_interference_without_an_effect_is_none_and_without_a_rival_is_infinite():
+    weights, roles = torch.tensor([[2.0, 0.5]]), torch.tensor([[Role.PERCEPTION, Role.PERCEPTION]])
+    none, some = torch.zeros(1, 2), torch.ones(1, 2)
+    assert interference(none, none, weights, roles, roles > 0) == 0
+    assert interference(some, none, weights, roles, roles > 0) == math.inf

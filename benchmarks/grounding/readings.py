@@ -29,6 +29,7 @@ from benchmarks.grounding.world import (
     ZERO,
     Problems,
     Split,
+    World,
 )
 
 GAUGES = 8
@@ -47,8 +48,8 @@ Others = Literal["read", "recited", "words"]
 
 
 @dataclass(frozen=True)
-class Readings:
-    """Draws problems and demonstrations of them.
+class Readings(World):
+    """Gauges to read, two of which count.
 
     Attributes:
         others: What a demonstration says of the gauges that were not asked for: it reads them (``read``), repeats
@@ -76,7 +77,7 @@ class Readings:
     @property
     def response_length(self) -> int:
         """Tokens of a demonstration, end-of-sequence included."""
-        return 15 + 2 * GAUGES + 2 * self.filler
+        return 13 + 2 * GAUGES + 2 * self.filler
 
     def sample(self, n: int, split: Split, generator: Generator) -> Problems:
         """Return ``n`` problems of a split, or of the training mixture for ``"train"``."""

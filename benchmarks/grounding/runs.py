@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Generator
 
+from benchmarks.grounding.arms import Oracle, Weighted, interference_of
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.train import Method, TrainConfig, roll_out, train
+from benchmarks.grounding.train import SRPO, Batch, Method, TrainConfig, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, new_model, warm_start
 from benchmarks.grounding.world import ZERO, PriorClash, World, evidence
 from srpo_core import Role
@@ -116,8 +117,10 @@ def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
     model = warm_start(study.world, study.warm_start, seed=seed, device=study.device, on_progress=tell)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".pt"))
+    batch = fresh_batch(study, model)
     result = {
         "rates": rates(study, model),
+        "interference": interference_of(model, batch, Oracle().weights(model, batch)),
         "cpu_seconds": time.process_time() - started,
     }
     on_event({"who": "warm start", "seed": seed, "step": steps, "steps": steps})
@@ -161,6 +164,7 @@ def run(job: Job, on_event: Listener) -> dict[str, Any]:
         "method": name,
         "seed": seed,
         "learning_rate": study.train.learning_rate,
+        "interference": before["interference"],
         "rewards": rewards,
         "rates": {"before": before["rates"], "after": rates(study, model)},
         "curve": curve,
@@ -186,10 +190,9 @@ def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
 
 def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:
     """Return a method's mean weight on each kind of token, over fresh live groups."""
-    if not hasattr(method, "weights"):  # its credit is not a weight
+    if not isinstance(method, SRPO | Weighted):  # its credit is not a weight
         return {}
-    config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
-    batch, _ = roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)
+    batch = fresh_batch(study, model)
     weights, token_ids = method.weights(model, batch), batch.token_ids
     perceived = batch.segmentation.roles == int(Role.PERCEPTION)
     digits, carrying = (token_ids >= ZERO) & (token_ids < ZERO + 10), evidence(token_ids, batch.problems)
@@ -201,6 +204,12 @@ def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, floa
         "reasoning": carrying & ~perceived,
     }
     return {kind: weights[tokens].mean().item() for kind, tokens in kinds.items() if tokens.any()}
+
+
+def fresh_batch(study: Study, model: TinyVLM) -> Batch:
+    """Return live groups of many prompts, the same for every model."""
+    config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
+    return roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)[0]
 
 
 def load(study: Study, path: Path) -> TinyVLM:

@@ -6,9 +6,8 @@ number is often right. An answer can come from the image or from this shortcut; 
 of the two it was is known without a judge.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -103,29 +102,48 @@ class Reading(NamedTuple):
     answer: Int[Tensor, " batch"]
 
 
-class World(Protocol):
-    """What a study needs of a world; its tags, digits and labels have the token ids of this module."""
+@dataclass(frozen=True)
+class World:
+    """Draws problems and demonstrations of them; its tags, digits and labels have the token ids of this module.
+
+    Attributes:
+        shortcut_right: Share of training questions, or of their parts, whose shortcut is right.
+    """
 
     shortcut_right: float
+
     patch: ClassVar[int]  # pixels along a side of a patch
     cells: ClassVar[int]  # patches of an image
     vocabulary: ClassVar[tuple[str, ...]]
-    first_filler: ClassVar[int]
+    first_filler: ClassVar[int]  # token id from which on words mean nothing
     splits: ClassVar[tuple[Split, ...]]
 
     @property
-    def response_length(self) -> int: ...
+    def response_length(self) -> int:
+        """Tokens of a demonstration, end-of-sequence included."""
+        raise NotImplementedError
 
-    def sample(self, n: int, split: Split, generator: Generator) -> Problems: ...
+    def sample(self, n: int, split: Split, generator: Generator) -> Problems:
+        """Return ``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
+        raise NotImplementedError
 
     def demonstrate(
         self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
-    ) -> Int[Tensor, "batch time"]: ...
+    ) -> Int[Tensor, "batch time"]:
+        """Return one response per problem, as an imperfect teacher writes it.
+
+        Args:
+            problems: What is asked.
+            generator: Source of the errors and the filler.
+            misread: Share of counts that are written one too high or too low.
+            shortcut: How often the shortcut is followed instead of the image.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class PriorClash:
-    """Draws problems and demonstrations of them.
+class PriorClash(World):
+    """Counting, where the question's place suggests an answer.
 
     Attributes:
         filler: Filler words in each of the four places of a response that hold some. They dilute the credit.
@@ -316,5 +334,5 @@ def evidence(responses: Int[Tensor, "batch time"], problems: Problems) -> Bool[T
     return numbers & (after | torch.nn.functional.pad(asked[:, :-1], (1, 0)))
 
 
-def to_words(token_ids: Tensor, vocabulary: Sequence[str] = VOCABULARY) -> list[str]:
+def to_words(token_ids: Tensor, vocabulary: tuple[str, ...] = VOCABULARY) -> list[str]:
     return [vocabulary[token] for token in token_ids.tolist()]

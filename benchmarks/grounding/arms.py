@@ -1,0 +1,312 @@
+"""The arms of the study: every way of giving tokens credit that is compared, as a method of the trainer."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.published import (
+    entropy_mask,
+    papo_penalty,
+    pgpo_weights,
+    rlsd_weights,
+    vppo_weights,
+)
+from benchmarks.grounding.train import (
+    SRPO,
+    Batch,
+    Method,
+    corrupted_images,
+    new_log_probs,
+    with_corrupted_image,
+    with_other_perception,
+)
+from benchmarks.grounding.world import PAD, evidence
+from srpo_core import (
+    LossOutput,
+    Role,
+    apply_use,
+    counterfactual_responses,
+    grpo_loss,
+    perception_consistency,
+    perception_spans,
+    perception_use,
+    role_advantages,
+    shared_baseline_weights,
+    span_use,
+    token_divergence,
+    token_entropy,
+    token_log_probs,
+    visual_dependency,
+)
+from srpo_core.corruption import CorruptionKind
+from srpo_core.counterfactuals import CounterfactualKind
+from srpo_core.diagnostics import interference
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """GRPO with the token weights that a subclass makes of a batch: positive, or 0 to leave a token out."""
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor], LossOutput]:
+        advantages = role_advantages(self.weights(model, batch), batch.advantages, batch.mask)
+
+        def loss_of(rows: Tensor) -> LossOutput:
+            return grpo_loss(
+                new_log_probs(model, batch, rows),
+                batch.old_log_probs[rows],
+                advantages[rows],
+                batch.mask[rows],
+                normalizer=batch.normalizer,
+            )
+
+        return loss_of
+
+
+@dataclass(frozen=True)
+class Scored(Weighted):
+    """The family that SRPO belongs to: an image contrast, a perception contrast, perhaps use, one shared baseline.
+
+    Attributes:
+        image: What becomes of the image; None: perception scores are 0.
+        perception: What becomes of the perception; None: reasoning scores are 0.
+        score: Contrast of the sampled token, or the KL of the two full distributions.
+        use: Whether the image score of a perception token is multiplied by its use (``product``) or only shared out by
+            it (``share``), by gradient attribution or, ``span_``, by leaving spans out.
+        options: Of the weights (:func:`~srpo_core.shared_baseline_weights`).
+    """
+
+    image: CorruptionKind | None = "patch_mask"
+    perception: CounterfactualKind | None = "swap"
+    score: Literal["log_ratio", "full_kl"] = "log_ratio"
+    use: Literal["none", "product", "share", "span_product", "span_share"] = "none"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        roles, mask = batch.segmentation.roles, batch.mask
+        visual = consistency = torch.zeros_like(batch.old_log_probs)
+        if self.image is not None:
+            if self.score == "full_kl":
+                images = corrupted_images(model, batch, self.image)
+                visual = token_divergence(old_logits(model, batch), old_logits(model, batch, images))
+            else:
+                corrupted = with_corrupted_image(model, batch, self.image)
+                visual = visual_dependency(batch.old_log_probs, corrupted, roles, mask)
+        if self.perception is not None:
+            replaced = with_other_perception(model, batch, self.perception)
+            consistency = perception_consistency(batch.old_log_probs, replaced, roles, mask)
+        if self.use != "none":
+            use = use_by_spans(model, batch) if self.use.startswith("span") else use_by_gradient(model, batch)
+            visual = apply_use(visual, use, roles, mask, mode="share" if self.use.endswith("share") else "product")
+        return shared_baseline_weights(visual, consistency, roles, mask, advantages=batch.advantages, **self.options)
+
+
+@dataclass(frozen=True)
+class UseAlone(Weighted):
+    """No contrast of contexts at all: perception tokens weigh in proportion to their use, all others 1.
+
+    Attributes:
+        bound: Greatest and 1 over the least weight before they are brought to mean one.
+        spans: Whether use is found by leaving spans out instead of by a gradient.
+    """
+
+    bound: float = 8.0
+    spans: bool = False
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        use = use_by_spans(model, batch) if self.spans else use_by_gradient(model, batch)
+        perceived = batch.mask & (batch.segmentation.roles == int(Role.PERCEPTION))
+        weights = torch.where(perceived, use.clamp(1 / self.bound, self.bound), 1.0)
+        mean = (weights * perceived).sum(1, keepdim=True) / perceived.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(perceived & (mean > 0), weights / mean, 1.0) * batch.mask
+
+
+@dataclass(frozen=True)
+class Oracle(Weighted):
+    """Knows which tokens carry the answer: no method may know that. How much is there to be gained?"""
+
+    high: float = 8.0
+    low: float = 0.05
+    perception_only: bool = False
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        roles = batch.segmentation.roles
+        scored = batch.mask & ((roles == int(Role.PERCEPTION)) | (roles == int(Role.REASONING)))
+        carrying = evidence(batch.token_ids, batch.problems)
+        if self.perception_only:
+            scored = scored & (roles == int(Role.PERCEPTION))
+        weights = torch.where(carrying, self.high, self.low)
+        mean = (weights * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(scored, weights / mean, 1.0) * batch.mask
+
+
+@dataclass(frozen=True)
+class Placebo(Weighted):
+    """The weights of another arm, shuffled among the perception and reasoning tokens of each response."""
+
+    of: Weighted
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        weights, roles = self.of.weights(model, batch), batch.segmentation.roles
+        scored = batch.mask & ((roles == int(Role.PERCEPTION)) | (roles == int(Role.REASONING)))
+        shuffled = weights.clone()
+        generator = Generator().manual_seed(batch.step)
+        for row, places in enumerate(scored):
+            where = places.nonzero()[:, 0]
+            shuffled[row, where] = weights[row, where[torch.randperm(len(where), generator=generator)]]
+        return shuffled
+
+
+@dataclass(frozen=True)
+class EntropyTokens(Weighted):
+    """80/20: only the fifth of the tokens with the highest entropy learns."""
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        entropy = token_entropy(old_logits(model, batch))
+        return entropy_mask(entropy, batch.mask).to(entropy.dtype)
+
+
+@dataclass(frozen=True)
+class VPPO(Weighted):
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        return vppo_weights(batch.old_log_probs, with_corrupted_image(model, batch), batch.advantages, batch.mask)
+
+
+@dataclass(frozen=True)
+class PGPO(Weighted):
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        return pgpo_weights(batch.old_log_probs, with_corrupted_image(model, batch), batch.mask)
+
+
+@dataclass(frozen=True)
+class RLSD(Weighted):
+    """RLSD's teacher is the policy that was told the answer; here it is the one that sees the image, and the student
+    the one that sees it corrupted."""
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        corrupted = with_corrupted_image(model, batch)
+        return rlsd_weights(corrupted, batch.old_log_probs, batch.advantages, batch.mask)
+
+
+@dataclass(frozen=True)
+class PAPO:
+    """GRPO, and in the loss a reward for telling the image from a corrupted one."""
+
+    def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor], LossOutput]:
+        seen = replace(batch.problems, images=corrupted_images(model, batch))
+        advantages = batch.advantages[:, None].expand_as(batch.old_log_probs)
+
+        def loss_of(rows: Tensor) -> LossOutput:
+            token_ids, mask = batch.token_ids[rows], batch.mask[rows]
+            logits, corrupted_logits = (
+                model(problems.images, problems.questions, token_ids)
+                for problems in (batch.problems.rows(rows), seen.rows(rows))
+            )
+            log_probs = token_log_probs(logits, token_ids)
+            loss, metrics = grpo_loss(
+                log_probs, batch.old_log_probs[rows], advantages[rows], mask, normalizer=batch.normalizer
+            )
+            penalty = papo_penalty(
+                log_probs,
+                token_log_probs(corrupted_logits, token_ids),
+                token_entropy(logits),
+                token_entropy(corrupted_logits),
+                mask,
+                normalizer=batch.normalizer,
+            )
+            return LossOutput(loss + penalty, metrics)
+
+        return loss_of
+
+
+@torch.no_grad()
+def old_logits(model: TinyVLM, batch: Batch, images: Tensor | None = None) -> Tensor:
+    problems = batch.problems
+    return model(problems.images if images is None else images, problems.questions, batch.token_ids)
+
+
+def use_by_gradient(model: TinyVLM, batch: Batch) -> Tensor:
+    """Return the use of each perception token by one forward and one backward, down to the embeddings."""
+    problems = batch.problems
+    with torch.enable_grad():
+        embeddings = model.embed_words(batch.token_ids, problems.questions.shape[1]).detach().requires_grad_()
+        logits = model.head(model.hidden(problems.images, problems.questions, embeddings))
+        log_probs = token_log_probs(logits, batch.token_ids)
+    return perception_use(log_probs, embeddings, batch.segmentation.roles, batch.mask)
+
+
+@torch.no_grad()
+def use_by_spans(model: TinyVLM, batch: Batch, spans: int = 8) -> Tensor:
+    """Return the use of each perception token by hiding one span of the perception after the other."""
+    roles, mask, problems = batch.segmentation.roles, batch.mask, batch.problems
+    numbers = perception_spans(roles, mask, spans=spans)
+    without = []
+    for span in range(spans):
+        hidden = torch.where(numbers == span, int(Role.PERCEPTION), torch.where(numbers >= 0, int(Role.OTHER), roles))
+        other = counterfactual_responses(
+            batch.token_ids, hidden, mask, kind="mask", boundary=batch.segmentation.boundary, pad_token_id=PAD
+        )
+        logits = model(problems.images, problems.questions, other.token_ids, other.attention_mask)
+        without.append(other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs))
+    return span_use(batch.old_log_probs, torch.stack(without), numbers, roles, mask)
+
+
+SHARP = {"bound": math.log(8.0)}  # weights may differ by more than the default's factor of 16
+
+ARMS: dict[str, Method] = {
+    "grpo": SRPO(strength=0.0),
+    "strength 0": Scored(options={"strength": 0.0}),
+    "srpo": Scored(),
+    "srpo, perception only": Scored(perception=None, options={"baseline": "per_role"}),
+    "srpo, reasoning only": Scored(image=None, options={"baseline": "per_role"}),
+    "srpo, other image": Scored(image="other_image"),
+    "srpo, full KL": Scored(image="other_image", score="full_kl"),
+    "srpo, per-role baseline": Scored(options={"baseline": "per_role"}),
+    "srpo, sign": Scored(options={"sign": "advantage"}),
+    "srpo x use": Scored(image="other_image", score="full_kl", use="product", options=SHARP),
+    "srpo shared by use": Scored(image="other_image", score="full_kl", use="share", options=SHARP),
+    "srpo x span use": Scored(image="other_image", score="full_kl", use="span_product", options=SHARP),
+    "use": UseAlone(),
+    "span use": UseAlone(spans=True),
+    "placebo": Placebo(UseAlone()),
+    "oracle": Oracle(),
+    "oracle, perception": Oracle(perception_only=True),
+    "papo": PAPO(),
+    "vppo": VPPO(),
+    "pgpo": PGPO(),
+    "rlsd": RLSD(),
+    "80/20": EntropyTokens(),
+}
+
+
+def virtual_step(model: TinyVLM, batch: Batch, tokens: Tensor, *, learning_rate: float = 1e-2) -> Tensor:
+    """Return how far each next-token distribution moves, in nats, by a gradient step on some of the tokens alone."""
+    moved = copy.deepcopy(model)
+    advantages = batch.advantages[:, None].expand_as(batch.old_log_probs)
+    rows = torch.arange(len(batch.token_ids), device=model.device)
+    loss, _ = grpo_loss(
+        new_log_probs(moved, batch, rows),
+        batch.old_log_probs,
+        advantages,
+        tokens & batch.mask,
+        normalizer=batch.normalizer,
+    )
+    gradients = torch.autograd.grad(loss, list(moved.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(moved.parameters(), gradients, strict=True):
+            parameter -= learning_rate * gradient
+    return token_divergence(old_logits(model, batch), old_logits(moved, batch))
+
+
+def interference_of(model: TinyVLM, batch: Batch, weights: Tensor) -> float:
+    """Return how much a step on the tokens that weigh less than 1 moves the perception, against one on the others."""
+    down, up = (virtual_step(model, batch, tokens) for tokens in (weights < 1, weights > 1))
+    return interference(down, up, weights, batch.segmentation.roles, batch.mask).item()

@@ -1,0 +1,260 @@
+"""What the reasoning owes to each perception token, and how that enters the score. This project's extension."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from srpo_core._masked import at_least_float32, check_no_nan, check_roles, masked_mean
+from srpo_core.contrasts import contrast
+from srpo_core.roles import Role
+from srpo_core.typechecking import choose, typechecked
+
+__all__ = ["Use", "apply_use", "perception_spans", "perception_use", "span_use"]
+
+Use = Literal["product", "share"]
+
+# The slope of the log-odds, 1 / (1 - p), is bounded at p = exp(-1e-3): beyond, 1 - p is mostly rounding.
+_MAX_LOG_PROB = -1e-3
+
+
+@typechecked
+def perception_use(
+    log_probs: Float[Tensor, "batch time"],
+    embeddings: Float[Tensor, "batch time hidden_dim"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+) -> Float[Tensor, "batch time"]:
+    r"""How much the reasoning's log-odds hang on each perception token, by gradient; 1 on average over these tokens.
+
+    .. math:: u_t = \Bigl\| \frac{\partial}{\partial e_t} \sum_{r \in R} \operatorname{logit} p_r \Bigr\|_2, \qquad
+        U_t = u_t / \operatorname{mean}_P u, \qquad \operatorname{logit} p = \log p - \log(1 - p)
+
+    with :math:`P` and :math:`R` the perception and reasoning tokens of one trajectory and :math:`e_t` the embedding
+    that the model was given for token :math:`t`. Log-odds, for a log-prob near 0 has next to no gradient although a
+    copied number is exactly what the perception is for. Their slope :math:`1 / (1 - p)` is that of log-probs of at
+    most -0.001: a token surer than that counts for less the surer it is, so certain tokens, whose :math:`1 - p` is
+    rounding, cannot dominate.
+
+    One backward serves the whole batch, for responses do not depend on each other; in a packed row they would have to
+    be kept apart. It runs here, frees the graph and leaves every ``.grad`` alone. Meant for once per rollout batch.
+
+    Args:
+        log_probs: Each response token, nats, with a graph from `embeddings`.
+        embeddings: Input embeddings of the same tokens: ``embeddings[:, t]`` is that of the token which
+            ``log_probs[:, t]`` scores. The very tensor that entered the model, made before the forward and with
+            ``requires_grad``: concatenate it to the prompt's; a slice taken afterwards is not part of the graph.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+
+    Returns:
+        Detached and at least 0, in float32 or float64; 0 outside the perception. Exactly 1 throughout the perception
+        where there is no reasoning, or where the reasoning hangs on none of it.
+
+    Raises:
+        ValueError: If `log_probs` has no graph to `embeddings`, a role is outside the enum, or a log-prob of a real
+            token is NaN or its gradient not finite (the tensors are read on the host).
+
+    Example:
+        >>> embeddings = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]]], requires_grad=True)
+        >>> logit = (embeddings[:, 0] * torch.tensor([0.0, 3.0]) + embeddings[:, 1]).sum(1)
+        >>> log_probs = torch.stack([torch.zeros(1), torch.zeros(1), torch.nn.functional.logsigmoid(logit)], dim=1)
+        >>> perception_use(log_probs, embeddings, torch.tensor([[1, 1, 2]]), torch.ones(1, 3).bool())
+        tensor([[1.3592, 0.6408, 0.0000]])
+
+    References:
+        None: an extension of this project, not part of SRPO (arXiv:2605.07274).
+    """
+    check_roles(roles, mask)
+    check_no_nan("log_probs", log_probs, mask)
+    perception, reasoning = mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING))
+    slope = -1.0 / torch.expm1(log_probs.detach().to(at_least_float32(log_probs.dtype)).clamp(max=_MAX_LOG_PROB))
+    slope = torch.where(reasoning, slope, 0.0).to(log_probs.dtype)
+    gradient = None
+    if log_probs.requires_grad and embeddings.requires_grad:
+        (gradient,) = torch.autograd.grad(log_probs, embeddings, slope, retain_graph=False, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "log_probs has no graph to embeddings; run the forward with gradients enabled and give it these very "
+            "embeddings, with requires_grad set before: a slice or copy taken afterwards is not part of the graph"
+        )
+    use = gradient.detach().to(at_least_float32(gradient.dtype)).norm(dim=-1)
+    check_no_nan("the gradient of log_probs by embeddings", use.masked_fill(use.isinf(), torch.nan), perception)
+    return _mean_one(use, perception, perception & reasoning.any(1, keepdim=True))
+
+
+@typechecked
+def perception_spans(
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    spans: int = 4,
+) -> Int[Tensor, "batch time"]:
+    """Number of the span, from 0, that each perception token belongs to; -1 at every other token.
+
+    The perception of a response, all its blocks together, is cut into `spans` runs of equal length or nearly; one of
+    fewer tokens into runs of one token. Sentences are a better cut where the text is at hand: :func:`span_use` takes
+    any numbering.
+
+    Args:
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens.
+        spans: At most how many, at least 1. Each is one more forward.
+
+    Raises:
+        ValueError: If `spans` is less than 1.
+
+    Example:
+        >>> roles = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 2], [1, 2, 0, 0, 0, 0, 0, 0]])
+        >>> perception_spans(roles, roles >= 0, spans=2)
+        tensor([[-1,  0,  0,  0, -1,  1,  1, -1],
+                [ 0, -1, -1, -1, -1, -1, -1, -1]])
+    """
+    if spans < 1:
+        raise ValueError(f"spans must be at least 1, got {spans}")
+    perception = mask & (roles == int(Role.PERCEPTION))
+    count = perception.sum(1, keepdim=True)
+    number = (perception.cumsum(1) - 1) * count.clamp(max=spans) // count.clamp(min=1)
+    return torch.where(perception, number, -1)
+
+
+@typechecked
+def span_use(
+    log_probs: Float[Tensor, "batch time"],
+    without_log_probs: Float[Tensor, "spans batch time"],
+    spans: Int[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    clip: float = 5.0,
+) -> Float[Tensor, "batch time"]:
+    r"""How much, in likelihood, the reasoning owes to the span of each perception token; 1 on average over these.
+
+    Forwards only: the response is scored once more for each span :math:`k`, without that span of its perception.
+
+    .. math:: u_k = \sum_{r \in R} \operatorname{clip}\bigl(\log p_r - \log p_r^{\setminus k},\ 0,\ c\bigr), \qquad
+        U_t = u_{k(t)} / \operatorname{mean}_P u
+
+    ``without_log_probs[k]`` is what :func:`~srpo_core.counterfactual_responses` with ``kind="mask"`` or ``"drop"``
+    makes of roles in which span :math:`k` alone is perception, scored and carried back::
+
+        others = torch.where((spans != k) & (roles == Role.PERCEPTION), int(Role.OTHER), roles)
+        without = counterfactual_responses(token_ids, others, mask, kind="drop")
+        without_log_probs[k] = without.carry_back(score(without), log_probs)
+
+    Args:
+        log_probs: Each response token, nats.
+        without_log_probs: The same tokens without span :math:`k`, nats, by the same code path.
+        spans: Span of each perception token, from :func:`perception_spans` or your own numbering from 0. A perception
+            token with -1 is in none and gets 1. Read at perception tokens only.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        clip: :math:`c`, nats, above 0: bound of what one reasoning token adds.
+
+    Returns:
+        Detached and at least 0; 0 outside the perception. Exactly 1 throughout the perception where there is no
+        reasoning, or where the reasoning owes nothing to any span.
+
+    Raises:
+        ValueError: If `clip` is out of range, a role is outside the enum, a span of a perception token has no pass in
+            `without_log_probs`, or a log-prob of a real token is NaN (eager mode; the tensors are read on the host).
+
+    Example:
+        >>> log_probs = torch.tensor([[-1.0, -1.0, -1.0, -0.5]])
+        >>> without = torch.tensor([[[-1.0, -1.0, -1.0, -3.5]], [[-1.0, -1.0, -1.0, -0.4]]])
+        >>> span_use(log_probs, without, torch.tensor([[0, 1, 1, -1]]), torch.tensor([[1, 1, 1, 2]]),
+        ...          torch.ones(1, 4).bool())
+        tensor([[3., 0., 0., 0.]])
+
+    References:
+        None: an extension of this project, not part of SRPO (arXiv:2605.07274).
+    """
+    check_roles(roles, mask)
+    check_no_nan("log_probs", log_probs, mask)
+    perception, reasoning = mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING))
+    _check_passes(without_log_probs, spans, perception, mask)
+    owed = contrast(log_probs, without_log_probs, reasoning, kind="positive", clip=clip).sum(-1)
+    held = perception & (spans >= 0)
+    # One row more, for the tokens that no pass is about: there may be no pass at all.
+    owed = F.pad(owed, (0, 0, 0, 1))
+    use = owed.gather(0, torch.where(held, spans.long(), 0).T).T
+    return _mean_one(use, perception, held)
+
+
+@typechecked
+def apply_use(
+    visual_dependency: Float[Tensor, "batch time"],
+    use: Float[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    mode: Use = "product",
+) -> Float[Tensor, "batch time"]:
+    r"""Score of each perception token, nats, after its use by the reasoning; 0 at every other token.
+
+    ``product``: :math:`s_t U_t`, what the token owes to the image times what the reasoning owes to the token.
+    ``share``: :math:`U_t \operatorname{mean}_P s`: use alone decides among the perception tokens, the image only how
+    much they weigh against the reasoning. The score is no longer bounded by the clip of :math:`s`.
+
+    Args:
+        visual_dependency: :math:`s`, nats, from :func:`~srpo_core.visual_dependency` or a divergence.
+        use: :math:`U`, from :func:`perception_use` or :func:`span_use`: 1 on average over a trajectory's perception.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens; elsewhere, and outside the perception, the inputs may hold anything, even NaN.
+        mode: How the two are combined.
+
+    Returns:
+        Detached scores, for :func:`~srpo_core.shared_baseline_weights`.
+
+    Raises:
+        ValueError: If `mode` is unknown, a role is outside the enum, or a value at a perception token is NaN (eager
+            mode; the tensors are read on the host).
+
+    Example:
+        >>> scores, use, roles = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5, 1.5]]), torch.tensor([[1, 1]])
+        >>> apply_use(scores, use, roles, roles > 0)
+        tensor([[1.5000, 1.5000]])
+        >>> apply_use(scores, use, roles, roles > 0, mode="share")
+        tensor([[1., 3.]])
+
+    References:
+        None: an extension of this project, not part of SRPO (arXiv:2605.07274).
+    """
+    check_roles(roles, mask)
+    perception = mask & (roles == int(Role.PERCEPTION))
+    check_no_nan("visual_dependency", visual_dependency, perception)
+    check_no_nan("use", use, perception)
+    return used(visual_dependency, use, perception, mode=mode)
+
+
+def used(visual_dependency: Tensor, use: Tensor, perception: Tensor, *, mode: str) -> Tensor:
+    """`apply_use` without the checks of values, so without a host sync."""
+    shares = choose("mode", mode, {"product": False, "share": True})
+    dtype = at_least_float32(torch.promote_types(visual_dependency.dtype, use.dtype))
+    scores, use = visual_dependency.detach().to(dtype), use.detach().to(dtype)
+    if shares:
+        scores = masked_mean(scores, perception, dim=1)[:, None]
+    return torch.where(perception, scores * use, 0.0)
+
+
+def _mean_one(use: Tensor, perception: Tensor, known: Tensor) -> Tensor:
+    """Use over its mean; 1 where it is not known or none of it is above 0, and 0 outside the perception."""
+    mean = masked_mean(use, known, dim=1)[:, None]
+    use = torch.where(known & (mean > 0), use / mean, 1.0)
+    return torch.where(perception, use, 0.0)
+
+
+def _check_passes(without_log_probs: Tensor, spans: Tensor, perception: Tensor, mask: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for k, without in enumerate(without_log_probs):
+        check_no_nan(f"without_log_probs[{k}]", without, mask)
+    wrong = ((spans >= len(without_log_probs)) & perception).nonzero()
+    if len(wrong):
+        row, time = wrong[0].tolist()
+        raise ValueError(
+            f"spans is {spans[row, time]} at trajectory {row} token {time}, and without_log_probs holds "
+            f"{len(without_log_probs)} passes; pass one for each span, numbered from 0"
+        )

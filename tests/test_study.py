@@ -1,0 +1,244 @@
+"""The grounding study: are its worlds, arms and statistics what they are said to be?"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+from typer.testing import CliRunner
+
+from benchmarks.grounding import study
+from benchmarks.grounding.arms import ARMS, Oracle, Placebo, Scored, UseAlone, interference_of
+from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.readings import FIRST_FILLER, GAUGES, PATTERNS, VALUES, Readings
+from benchmarks.grounding.study import Setting, app, best_rates, compare, interval
+from benchmarks.grounding.train import TrainConfig, roll_out, train
+from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
+from benchmarks.grounding.world import (
+    FIRST_COLOUR,
+    ZERO,
+    PriorClash,
+    evidence,
+    measure,
+    reward,
+    to_words,
+)
+from srpo_core import Role
+
+WORLD = Readings(relevance="fixed", filler=1)
+BRIEF = WarmStartConfig(
+    misread=0.1,
+    shortcut=0.5,
+    shortcut_right=0.5,
+    neutral=0.0,
+    evidence_weight=8.0,
+    stop_at_perception=None,
+    max_steps=80,
+    batch_size=16,
+    learning_rate=5e-3,
+)
+TINY = TrainConfig(steps=2, prompts=6, group_size=4, updates=1)
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def writer() -> TinyVLM:
+    return warm_start(WORLD, BRIEF, seed=0)
+
+
+@pytest.fixture(scope="module")
+def batch(writer):
+    return roll_out(writer, WORLD, replace(TINY, prompts=24), seeded(1), 1)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- world
+
+
+@pytest.mark.parametrize("split", Readings.splits)
+def test_an_image_shows_its_gauges_and_a_question_hints_as_the_split_says(split):
+    problems = replace(WORLD, pixel_noise=0.0).sample(200, split, seeded())
+    gauges = problems.images.unfold(3, 2, 2).permute(0, 3, 1, 2, 4) - 0.5  # n gauge c down right
+    contrast = {"blind": 0.0, "low_contrast": 0.6}.get(split, 1.0)
+    expected = (0.5 + contrast * PATTERNS[problems.readings]).clamp(0, 1) - 0.5
+    torch.testing.assert_close(gauges, expected)
+    assert torch.equal(problems.counts, problems.readings.gather(1, problems.colours))
+    assert torch.equal(problems.shortcut, problems.hints.gather(1, problems.colours).sum(1))
+    right = (problems.hints == problems.readings).double().mean().item()
+    assert right == pytest.approx({"aligned": 1.0, "swapped": 1 / VALUES}.get(split, 0.0), abs=0.04)
+
+
+def test_which_gauges_are_asked_for():
+    assert WORLD.sample(9, "train", seeded()).colours.unique(dim=0).tolist() == [[2, 6]]
+    problems = Readings().sample(2000, "train", seeded())
+    assert len(problems.colours.unique(dim=0)) == GAUGES * (GAUGES - 1) // 2
+    assert torch.equal(problems.questions[:, [1, 3]], FIRST_COLOUR + problems.colours)
+
+
+@pytest.mark.parametrize("others", ["read", "recited", "words"])
+@pytest.mark.parametrize("relevance", ["asked", "fixed"])
+def test_a_demonstration_without_errors_earns_the_reward(others, relevance):
+    world = Readings(others=others, relevance=relevance)
+    problems = world.sample(300, "conflict", seeded())
+    responses = world.demonstrate(problems, seeded(1), misread=0.0, shortcut=0.0)
+    assert responses.shape[1] == world.response_length
+    assert (reward(responses, problems) == 1).all()
+    assert measure(responses, problems)["grounded"] == 1.0
+    said = responses[:, 2 : 2 * GAUGES + 1 : 2]
+    asked = torch.zeros_like(said, dtype=torch.bool).scatter(1, problems.colours, value=True)
+    others_said = said[~asked]
+    if others == "words":
+        assert (others_said >= FIRST_FILLER).all()
+    else:
+        shown = problems.readings if others == "read" else problems.hints
+        assert torch.equal(others_said, ZERO + shown[~asked])
+
+
+def test_a_lazy_demonstration_follows_the_hints():
+    problems = WORLD.sample(200, "conflict", seeded())
+    rates = measure(WORLD.demonstrate(problems, seeded(), misread=0.0, shortcut=1.0), problems)
+    assert rates["bias"] == rates["consistent"] == 1.0
+    assert rates["count"] == 0.0
+
+
+@pytest.mark.parametrize("world", [WORLD, Readings(), PriorClash()], ids=["fixed", "asked", "clash"])
+def test_evidence_is_what_was_asked_for_and_all_numbers_after_it(world):
+    problems = world.sample(20, "train", seeded())
+    responses = world.demonstrate(problems, seeded(), misread=0.0, shortcut=0.0)
+    for row, found in enumerate(evidence(responses, problems)):
+        words, asked = to_words(responses[row], world.vocabulary), problems.colours[row].tolist()
+        labels = [world.vocabulary[FIRST_COLOUR + label] for label in asked]
+        close = words.index("</perception>")
+        expected = [
+            word.isdigit() and (place > close or words[place - 1] in labels) for place, word in enumerate(words)
+        ]
+        assert found.tolist() == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+
+def parameters_after(start: TinyVLM, method) -> list[torch.Tensor]:
+    model = TinyVLM(patch=WORLD.patch, cells=WORLD.cells, vocabulary=len(WORLD.vocabulary))
+    model.load_state_dict(start.state_dict())
+    train(model, WORLD, method, TINY, seed=0)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def after_grpo(writer):
+    return parameters_after(writer, ARMS["grpo"])
+
+
+def test_no_strength_is_grpo_bit_for_bit(writer, after_grpo):
+    found = parameters_after(writer, ARMS["strength 0"])
+    assert all(torch.equal(a, b) for a, b in zip(found, after_grpo, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name not in ("grpo", "strength 0")])
+def test_every_other_arm_trains_and_is_not_grpo(writer, after_grpo, name):
+    found = parameters_after(writer, ARMS[name])
+    assert all(parameter.isfinite().all() for parameter in found)
+    assert any(not torch.equal(a, b) for a, b in zip(found, after_grpo, strict=True))
+
+
+def test_a_placebo_has_the_same_weights_elsewhere(writer, batch):
+    of = UseAlone()
+    weights, shuffled = of.weights(writer, batch), Placebo(of).weights(writer, batch)
+    assert not torch.equal(weights, shuffled)
+    assert torch.equal(weights.sort(1).values, shuffled.sort(1).values)
+    unscored = batch.segmentation.roles == int(Role.OTHER)
+    assert torch.equal(weights[unscored], shuffled[unscored])
+
+
+@pytest.mark.parametrize(
+    ("arm", "roles"),
+    [
+        (UseAlone(), [Role.PERCEPTION]),
+        (UseAlone(spans=True), [Role.PERCEPTION]),
+        (Oracle(perception_only=True), [Role.PERCEPTION]),
+        (Oracle(), [Role.PERCEPTION, Role.REASONING]),
+        (Scored(), [Role.PERCEPTION, Role.REASONING]),
+    ],
+)
+def test_weights_have_mean_one_where_they_move_and_are_one_elsewhere(writer, batch, arm, roles):
+    weights = arm.weights(writer, batch)
+    moved = batch.mask & torch.isin(batch.segmentation.roles, torch.tensor([int(role) for role in roles]))
+    mean = (weights * moved).sum(1) / moved.sum(1)
+    torch.testing.assert_close(mean[moved.any(1)], torch.ones(int(moved.any(1).sum())))
+    assert (weights[batch.mask & ~moved] == 1).all()
+    assert (weights[~batch.mask] == 0).all()
+
+
+def test_the_oracle_lifts_the_evidence(writer, batch):
+    weights, carrying = Oracle().weights(writer, batch), evidence(batch.token_ids, batch.problems)
+    assert weights[carrying].min() > weights[batch.mask & (batch.segmentation.roles > 0) & ~carrying].max()
+
+
+def test_readings_interfere_and_stray_words_do_not():
+    felt = {}
+    for others in ("read", "words"):
+        world = replace(WORLD, others=others)
+        model = warm_start(world, replace(BRIEF, max_steps=250), seed=0)
+        batch, _ = roll_out(model, world, replace(TINY, prompts=64), seeded(1), 1)
+        felt[others] = interference_of(model, batch, Oracle().weights(model, batch))
+    assert felt["read"] > 3 * felt["words"]
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def told(arm: str, rate: float, seed: int, conflict: float) -> dict:
+    return {
+        "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict, "grounded": conflict,
+        "reward": conflict / 2, "aligned": 0.9, "curve": [0.1, conflict], "steps_to_threshold": 100,
+        "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
+    }  # fmt: skip
+
+
+def test_each_arm_is_compared_at_its_own_best_rate_seed_by_seed():
+    runs = [told("grpo", 1.0, seed, 0.5 + seed / 10) for seed in range(3)]
+    runs += [told("grpo", 2.0, seed, 0.1) for seed in range(3)]
+    runs += [told("use", 1.0, seed, 0.2) for seed in range(3)]
+    runs += [told("use", 2.0, seed, 0.6 + seed / 10) for seed in range(3)]
+    assert best_rates(runs) == {("read", "grpo"): 1.0, ("read", "use"): 2.0}
+    grpo, use = compare(runs)
+    assert (grpo["learning_rate"], use["learning_rate"]) == (1.0, 2.0)
+    # All pairs differ alike, so no resampling can tell another mean.
+    assert use["against grpo"]["conflict"] == pytest.approx((0.1, 0.1, 0.1))
+    assert "against grpo" not in grpo
+    assert "against placebo" not in use
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    draws = np.random.default_rng(1).normal(0.3, 1.0, (200, 16))
+    covered = [low <= 0.3 <= high for low, high in (interval(row, draws=500) for row in draws)]
+    assert 0.87 <= np.mean(covered) <= 0.99  # a percentile bootstrap of 16 is a little narrow
+
+
+def test_the_command_finds_its_runs_again(monkeypatch, tmp_path):
+    setting = Setting(WORLD, replace(BRIEF, max_steps=20), replace(TINY, steps=10))
+    monkeypatch.setitem(study.WORLDS, "read", setting)
+    monkeypatch.setattr(study, "EVALUATION", 32)
+    arguments = ["explore", "--worlds", "read", "--arms", "grpo; use", "--rates", "0.001", "--seeds", "2"]
+    arguments += ["--workers", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    results = []
+    for _ in range(2):
+        shown = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert shown.exit_code == 0
+        results.append(json.loads((tmp_path / "exploration.json").read_text()))
+    assert results[0] == results[1]  # CPU seconds included: nothing ran twice
+    assert {(run["arm"], run["seed"]) for run in results[0]["runs"]} == {
+        (a, s) for a in ("grpo", "use") for s in (0, 1)
+    }
+    assert "| use |" in (tmp_path / "exploration.md").read_text()
+
+
+def test_unknown_names_are_refused():
+    shown = CliRunner().invoke(app, ["explore", "--arms", "grpo; nonsense"])
+    assert shown.exit_code != 0
+    assert "nonsense" in shown.output

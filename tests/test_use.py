@@ -1,0 +1,336 @@
+"""The use score: a reference with loops, closed forms, models that copy, and what the credit makes of it."""
+
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from batches import batches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srpo_core import (
+    Role,
+    apply_use,
+    counterfactual_responses,
+    perception_spans,
+    perception_use,
+    span_use,
+)
+
+P, R, N = int(Role.PERCEPTION), int(Role.REASONING), int(Role.OTHER)
+
+
+def close(actual, expected, **tolerance):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, **({"rtol": 1e-9, "atol": 1e-12} | tolerance))
+
+
+# The gradient form
+
+
+def linear_model(embeddings, coefficients, mask):
+    """Log-probs of tokens whose log-odds are linear in the embeddings up to their own."""
+    inputs = torch.where(mask[:, :, None], embeddings, 0.0)
+    log_odds = (coefficients * inputs[:, None]).sum((2, 3))
+    return torch.where(mask, F.logsigmoid(log_odds), torch.nan)
+
+
+@st.composite
+def linear_inputs(draw):
+    batch = draw(batches())
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    rows, time = batch.mask.shape
+    coefficients = torch.randn(rows, time, time, 3, generator=g, dtype=torch.float64)
+    # A large scale makes tokens certain, 1e-9 leaves hardly any gradient.
+    coefficients = coefficients * draw(st.sampled_from([1e-9, 1.0, 8.0])) * torch.ones(time, time).tril()[:, :, None]
+    embeddings = torch.randn(rows, time, 3, generator=g, dtype=torch.float64)
+    embeddings = torch.where(batch.mask[:, :, None], embeddings, torch.nan).requires_grad_()
+    return embeddings, coefficients, batch.roles, batch.mask
+
+
+@given(linear_inputs())
+def test_perception_use_equals_the_reference(inputs):
+    embeddings, coefficients, roles, mask = inputs
+    log_probs = linear_model(embeddings, coefficients, mask)
+    expected = reference.linear_use(coefficients.tolist(), log_probs.tolist(), roles.tolist(), mask.tolist())
+    with torch.no_grad():  # the graph is what counts, not the mode of the caller
+        actual = perception_use(log_probs, embeddings, roles, mask)
+    close(actual, expected, rtol=1e-6)
+    assert not actual.requires_grad
+    assert embeddings.grad is None
+
+
+@given(linear_inputs(), st.sampled_from([1e-6, 3.0, 1e6]))
+def test_the_unit_of_the_embeddings_cancels(inputs, unit):
+    embeddings, coefficients, roles, mask = inputs
+    rescaled = (embeddings.detach() / unit).requires_grad_()
+    close(
+        perception_use(linear_model(unit * rescaled, coefficients, mask), rescaled, roles, mask),
+        perception_use(linear_model(embeddings, coefficients, mask), embeddings, roles, mask),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+@given(linear_inputs())
+def test_rows_do_not_depend_on_each_other(inputs):
+    embeddings, coefficients, roles, mask = inputs
+    together = perception_use(linear_model(embeddings, coefficients, mask), embeddings, roles, mask)
+    for i in range(len(mask)):
+        row = slice(i, i + 1)
+        alone = embeddings.detach()[row].requires_grad_()
+        log_probs = linear_model(alone, coefficients[row], mask[row])
+        close(perception_use(log_probs, alone, roles[row], mask[row])[0], together[i])
+
+
+def test_perception_use_by_hand():
+    """Log-odds of the two reasoning tokens: 3 x + 4 y of the first, and 1 x of the first plus 2 y of the second."""
+    embeddings = torch.tensor([[[0.1, 0.2], [0.3, -0.1], [0.5, 0.5], [0.0, 0.0]]], requires_grad=True)
+    first, second = embeddings[0, 0], embeddings[0, 1]
+    log_odds = torch.stack([torch.zeros(()), torch.zeros(()), 3 * first[0] + 4 * first[1], first[0] + 2 * second[1]])
+    roles, mask = torch.tensor([[P, P, R, R]]), torch.ones(1, 4).bool()
+    actual = perception_use(F.logsigmoid(log_odds)[None], embeddings, roles, mask)
+    u = [math.hypot(3 + 1, 4), 2.0]
+    close(actual, [[2 * u[0] / sum(u), 2 * u[1] / sum(u), 0.0, 0.0]], rtol=1e-6)
+
+
+def test_a_copied_token_counts_however_sure_and_a_certain_one_fades():
+    """To p = .999 the log-odds keep their slope; beyond, it falls with 1 - p and rounding cannot make it infinite."""
+    roles, mask = torch.tensor([[P, P, R, R]]), torch.ones(1, 4).bool()
+    zeros = torch.zeros(1, 2)
+    # With odds equal to an embedding, shares are slopes.
+    for log_odds, slope in ((2.0, 1.0), (6.9, 1.0), (6.9078 + math.log(10), 0.1), (200.0, 0.0), (-200.0, 1.0)):
+        embeddings = torch.tensor([[[log_odds], [0.0], [0.0], [0.0]]], requires_grad=True)
+        log_probs = torch.cat([zeros, F.logsigmoid(embeddings[:, :2, 0])], dim=1)
+        actual = perception_use(log_probs, embeddings, roles, mask)
+        close(actual, [[2 * slope / (slope + 1), 2 / (slope + 1), 0.0, 0.0]], rtol=1e-2, atol=1e-6)
+
+
+def attend(embeddings, table, ids):
+    """Each token reads the earlier one whose key, the first half of its embedding, is most like its own, and says it.
+
+    So a token is likely where the one it looks up has its value, the second half.
+    """
+    keys, values = embeddings.chunk(2, dim=-1)
+    causal = torch.ones(ids.shape[1], ids.shape[1]).tril(-1).bool()
+    attention = torch.where(causal, 12 * keys @ keys.mT, -1e9).softmax(-1)
+    return (6 * (attention @ values) @ table.mT).log_softmax(-1).gather(2, ids[..., None]).squeeze(2)
+
+
+def test_what_the_reasoning_does_not_look_up_is_not_used():
+    key, value = torch.eye(4), torch.eye(4)
+    # Four readings under four keys; the reasoning looks up keys 2, then 0, and says what it finds.
+    looked_up, said = torch.tensor([0, 1, 2, 3, 2, 0]), torch.tensor([1, 2, 3, 0, 3, 1])
+    embeddings = torch.cat([key[looked_up], value[said]], dim=1)[None].requires_grad_()
+    roles, mask = torch.tensor([[P, P, P, P, R, R]]), torch.ones(1, 6).bool()
+    use = perception_use(attend(embeddings, value, said[None]), embeddings, roles, mask)[0]
+    assert (use[[1, 3]] < 1e-3).all()
+    assert (use[[0, 2]] > 0.9).all()
+    assert use[:4].mean().item() == pytest.approx(1.0)
+
+
+def test_half_precision_is_normalised_in_float32():
+    embeddings = torch.tensor([[[1.0], [1.0], [1.0]]], dtype=torch.bfloat16, requires_grad=True)
+    log_probs = F.logsigmoid(embeddings.cumsum(1)[..., 0] * torch.tensor([1.0, 1.0, 2.0], dtype=torch.bfloat16))
+    use = perception_use(log_probs, embeddings, torch.tensor([[P, P, R]]), torch.ones(1, 3).bool())
+    assert use.dtype == torch.float32
+    assert use.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_perception_use_leaves_parameters_alone():
+    weight = torch.ones(2, requires_grad=True)
+    embeddings = torch.ones(1, 2, 2, requires_grad=True)
+    perception_use(
+        F.logsigmoid(embeddings.cumsum(1) @ weight), embeddings, torch.tensor([[P, R]]), torch.ones(1, 2).bool()
+    )
+    assert weight.grad is None
+
+
+def test_perception_use_names_what_is_wrong():
+    embeddings = torch.zeros(1, 2, 3, requires_grad=True)
+    roles, mask = torch.tensor([[P, R]]), torch.ones(1, 2).bool()
+    log_probs = F.logsigmoid(embeddings.sum(2))
+    for without_graph in (log_probs.detach(), F.logsigmoid(torch.zeros(1, 2, requires_grad=True))):
+        with pytest.raises(ValueError, match="log_probs has no graph to embeddings; run the forward"):
+            perception_use(without_graph, embeddings, roles, mask)
+    with pytest.raises(ValueError, match="a slice or copy taken afterwards"):
+        perception_use(log_probs, embeddings[:, :], roles, mask)
+    with pytest.raises(ValueError, match="log_probs has no graph to embeddings"):
+        perception_use(log_probs, embeddings.detach(), roles, mask)
+    with pytest.raises(ValueError, match="log_probs is NaN at trajectory 0 token 1"):
+        perception_use(log_probs + torch.tensor([[0.0, math.nan]]), embeddings, roles, mask)
+    infinite = torch.stack([torch.zeros(1), (embeddings.sum((1, 2)) ** 2).sqrt() - 1.0], dim=1)
+    with pytest.raises(ValueError, match="the gradient of log_probs by embeddings is NaN at trajectory 0 token 0"):
+        perception_use(infinite, embeddings, roles, mask)
+    with pytest.raises(ValueError, match="roles is 7 at trajectory 0 token 0"):
+        perception_use(log_probs, embeddings, roles + 6, mask)
+    with pytest.raises(TypeError, match="embeddings must be .*align it with log_probs"):
+        perception_use(log_probs, embeddings[:, 1:], roles, mask)
+
+
+# Spans
+
+
+@given(batches(max_time=24), st.integers(1, 6))
+def test_spans_equal_the_reference(batch, count):
+    actual = perception_spans(batch.roles, batch.mask, spans=count)
+    assert actual.tolist() == reference.spans(batch.roles.tolist(), batch.mask.tolist(), count)
+    for row in actual:
+        used = row[row >= 0]
+        sizes = used.bincount()
+        assert len(sizes) == min(count, len(used))
+        assert not len(sizes) or sizes.max() - sizes.min() <= 1
+        assert used.tolist() == sorted(used.tolist())
+
+
+@st.composite
+def span_inputs(draw):
+    batch = draw(batches())
+    count = draw(st.integers(0, 4))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    spread = draw(st.sampled_from([0.0, 1e-6, 1.0, 8.0]))
+    without = batch.log_probs + spread * torch.randn(count, *batch.mask.shape, generator=g, dtype=torch.float64)
+    # Outside the perception a span is not read; inside it may be none.
+    spans = torch.randint(-1, count, batch.mask.shape, generator=g)
+    spans = torch.where(batch.mask & (batch.roles == P), spans, 77)
+    return batch.log_probs, without, spans, batch.roles, batch.mask
+
+
+@given(span_inputs(), st.sampled_from([0.5, 5.0]))
+def test_span_use_equals_the_reference(inputs, clip):
+    expected = reference.span_use(*(tensor.tolist() for tensor in inputs), clip=clip)
+    close(span_use(*inputs, clip=clip), expected)
+
+
+@given(span_inputs(), linear_inputs())
+def test_use_is_one_on_average(inputs, linear):
+    embeddings, coefficients, roles, mask = linear
+    uses = [(span_use(*inputs), *inputs[3:])]
+    uses += [(perception_use(linear_model(embeddings, coefficients, mask), embeddings, roles, mask), roles, mask)]
+    for use, roles, mask in uses:
+        perception = mask & (roles == P)
+        assert (use[~perception] == 0).all()
+        assert (use >= 0).all()
+        for i in range(len(mask)):
+            if perception[i].any():
+                assert use[i][perception[i]].mean().item() == pytest.approx(1.0)
+            if not (mask[i] & (roles[i] == R)).any():
+                assert (use[i][perception[i]] == 1).all()
+
+
+def test_infinite_log_probs():
+    """A token that is impossible without the span is worth the clip; one that never was possible nothing."""
+    inf = math.inf
+    log_probs = torch.tensor([[-1.0, -1.0, -1.0, -inf]])
+    without = torch.tensor([[[-1.0, -1.0, -inf, -inf]], [[-1.0, -1.0, -3.5, -1.0]]])
+    actual = span_use(
+        log_probs, without, torch.tensor([[0, 1, -1, -1]]), torch.tensor([[P, P, R, R]]), torch.ones(1, 4).bool()
+    )
+    close(actual, [[2 * 5 / 7.5, 2 * 2.5 / 7.5, 0.0, 0.0]], rtol=1e-6)
+
+
+def count_copies(token_ids, attention_mask):
+    """A model without positions: it repeats what it attends to, a token seen twice the more."""
+    seen = F.one_hot(token_ids, 12) * attention_mask[..., None]
+    logits = 3.0 * (seen.cumsum(1) - seen)
+    return logits.log_softmax(-1).gather(2, token_ids[..., None]).squeeze(2)
+
+
+@pytest.mark.parametrize("kind", ["mask", "drop"])
+def test_spans_left_out_by_counterfactual_responses(kind):
+    """The recipe of the docstring: what the reasoning repeats is used, what it does not repeat is not."""
+    ids = torch.tensor([[1, 5, 7, 9, 3, 2, 7, 7, 11], [1, 6, 8, 2, 8, 6, 8, 11, 0], [1, 5, 7, 2, 11, 0, 0, 0, 0]])
+    roles = torch.tensor([[N, P, P, P, P, N, R, R, N], [N, P, P, N, R, R, R, N, N], [N, P, P, N, N, N, N, N, N]])
+    mask = ids > 0
+    log_probs = count_copies(ids, mask)
+    spans = perception_spans(roles, mask)
+    without_log_probs = torch.empty(4, *ids.shape)
+    for k in range(4):
+        others = torch.where((spans != k) & (roles == Role.PERCEPTION), int(Role.OTHER), roles)
+        without = counterfactual_responses(ids, others, mask, kind=kind)
+        scored = count_copies(without.token_ids, without.attention_mask)
+        without_log_probs[k] = without.carry_back(scored, log_probs)
+    use = span_use(log_probs, without_log_probs, spans, roles, mask)
+    assert use[0].tolist() == [0, 0, 4, 0, 0, 0, 0, 0, 0]
+    assert 1.0 < use[1, 2] < 2.0  # said twice
+    close(use[1, 1] + use[1, 2], 2.0)
+    assert use[2].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0]  # no reasoning
+
+
+def test_span_use_names_what_is_wrong():
+    zeros, roles, mask = torch.zeros(1, 2), torch.tensor([[P, R]]), torch.ones(1, 2).bool()
+    spans, nan = torch.zeros(1, 2).long(), torch.tensor([[0.0, math.nan]])
+    with pytest.raises(ValueError, match=r"without_log_probs\[1\] is NaN at trajectory 0 token 1"):
+        span_use(zeros, torch.stack([zeros, nan]), spans, roles, mask)
+    with pytest.raises(ValueError, match="^log_probs is NaN at trajectory 0 token 1"):
+        span_use(nan, zeros[None], spans, roles, mask)
+    with pytest.raises(ValueError, match="spans is 1 at trajectory 0 token 0, and without_log_probs holds 1 passes"):
+        span_use(zeros, zeros[None], spans + 1, roles, mask)
+    with pytest.raises(ValueError, match="clip must be above 0 nats, got 0"):
+        span_use(zeros, zeros[None], spans, roles, mask, clip=0.0)
+    with pytest.raises(ValueError, match="spans must be at least 1, got 0"):
+        perception_spans(roles, mask, spans=0)
+    with pytest.raises(TypeError, match="without_log_probs must be"):
+        span_use(zeros, zeros, spans, roles, mask)
+
+
+# The score after use
+
+
+@st.composite
+def used_inputs(draw):
+    batch = draw(batches())
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    use = torch.rand(batch.mask.shape, generator=g, dtype=torch.float64)
+    return batch, torch.where(batch.mask & (batch.roles == P), use, torch.nan)
+
+
+MODES = ["product", "share"]
+
+
+@given(used_inputs(), st.sampled_from(MODES))
+def test_apply_use_equals_the_reference(inputs, mode):
+    batch, use = inputs
+    args = (batch.visual, use, batch.roles, batch.mask)
+    close(apply_use(*args, mode=mode), reference.apply_use(*(tensor.tolist() for tensor in args), mode=mode))
+
+
+def test_apply_use_names_what_is_wrong():
+    ones, roles, mask = torch.ones(1, 2), torch.tensor([[P, R]]), torch.ones(1, 2).bool()
+    nan = torch.tensor([[math.nan, 1.0]])
+    with pytest.raises(ValueError, match="^use is NaN at trajectory 0 token 0"):
+        apply_use(ones, nan, roles, mask)
+    with pytest.raises(ValueError, match="^visual_dependency is NaN at trajectory 0 token 0"):
+        apply_use(nan, ones, roles, mask)
+    with pytest.raises(TypeError, match="mode must be one of 'product', 'share', got 'sum'"):
+        apply_use(ones, ones, roles, mask, mode="sum")
+
+
+def test_compiled_whole_equals_eager():
+    torch.compiler.reset()
+    g = torch.Generator().manual_seed(0)
+    roles, mask = torch.randint(0, 3, (3, 8), generator=g), torch.rand(3, 8, generator=g) < 0.9
+    log_probs, *without = -torch.rand(4, 3, 8, generator=g)
+    without = torch.stack(without)
+
+    def whole(log_probs, without, roles, mask):
+        use = span_use(log_probs, without, perception_spans(roles, mask, spans=3), roles, mask)
+        return use, apply_use(log_probs, use, roles, mask), apply_use(log_probs, use, roles, mask, mode="share")
+
+    for dynamic in (False, True):
+        compiled = torch.compile(whole, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        torch.testing.assert_close(compiled(log_probs, without, roles, mask), whole(log_probs, without, roles, mask))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_batch_is_empty(shape):
+    empty = torch.zeros(shape)
+    roles, mask = empty.long(), empty.bool()
+    embeddings = torch.zeros(*shape, 2, requires_grad=True)
+    assert perception_use(embeddings.sum(2), embeddings, roles, mask).shape == shape
+    assert perception_spans(roles, mask).shape == shape
+    assert span_use(empty, torch.zeros(4, *shape), roles, roles, mask).shape == shape
+    for mode in MODES:
+        assert apply_use(empty, empty, roles, mask, mode=mode).shape == shape
