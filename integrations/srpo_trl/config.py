@@ -122,6 +122,14 @@ class SRPOConfig(GRPOConfig):
         default=_CORE.mix_warmup_steps, metadata=_help("Optimiser steps over which the mixture ramps up.")
     )
 
+    srpo_rollouts: str | None = field(
+        default=None,
+        metadata=_help(
+            "File (JSON Lines) to which every training batch is written, for `srpo report` and its kin; resuming "
+            "appends to it."
+        ),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.importance_sampling_level != "token":
@@ -144,7 +152,7 @@ class SRPOConfig(GRPOConfig):
         options = {
             option.name.removeprefix("srpo_"): getattr(self, option.name)
             for option in fields(self)
-            if option.name.startswith("srpo_")
+            if option.name.startswith("srpo_") and option.name != "srpo_rollouts"
         }
         try:
             tags = srpo_core.RoleTags(

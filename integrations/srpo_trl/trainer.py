@@ -24,6 +24,7 @@ from srpo_core import (
     srpo_advantages,
 )
 from srpo_core.diagnostics import credit_diagnostics
+from srpo_core.rollouts import RolloutWriter
 from srpo_trl.config import SRPOConfig
 from srpo_trl.contexts import Context, context_of, corrupted_context, scoring_inputs
 
@@ -74,6 +75,7 @@ class SRPOMixin(_Base):
             )
         self._srpo = args.srpo_options()
         self._srpo_is_first = True
+        self._srpo_writer: RolloutWriter | None = None
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.add_callback(_ScaleMemory())
         family = self.model.config.model_type
@@ -90,8 +92,9 @@ class SRPOMixin(_Base):
         rollouts = self._srpo_rollouts(batch)
         if self._srpo_is_first:
             self._srpo_check_format(batch, rollouts)
-        credit, donors = self._srpo_credit(batch, rollouts)
+        credit, donors, views = self._srpo_credit(batch, rollouts)
         self._srpo_log(rollouts, credit, donors, start)
+        self._srpo_write(rollouts, credit, donors, views)
         self._srpo_is_first = False
         # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
         advantages = torch.where(rollouts.mask, credit.advantages, rollouts.advantages[:, None])
@@ -103,16 +106,12 @@ class SRPOMixin(_Base):
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
         tokenizer = self._srpo_tokenizer
-        eos = self.model.generation_config.eos_token_id
         roles, broken, boundary = segment_responses(
             token_ids,
             mask,
             tokenizer,
             tags=self._srpo.tags,
-            eos_token_id=[
-                tokenizer.eos_token_id,
-                *(eos if isinstance(eos, list) else [eos] if eos is not None else []),
-            ],
+            eos_token_id=self._srpo_eos,
             answer_role=self._srpo.answer_role,
         )
         rows = self.accelerator.num_processes * len(token_ids)
@@ -138,7 +137,9 @@ class SRPOMixin(_Base):
             moved = self.accelerator.pad_across_processes(moved, dim=1, pad_index=fill)
         return self.accelerator.gather(moved).to(rows.dtype)
 
-    def _srpo_credit(self, batch: dict[str, Any], rollouts: "_Rollouts") -> tuple[RoleAdvantages, Tensor | None]:
+    def _srpo_credit(
+        self, batch: dict[str, Any], rollouts: "_Rollouts"
+    ) -> tuple[RoleAdvantages, Tensor | None, "_Views"]:
         """Score the responses in two more contexts and weigh their tokens; also, whose perception each one got."""
         options, context, own = self._srpo, context_of(batch), rollouts.own
         token_ids, mask = batch["completion_ids"], batch["completion_mask"]
@@ -176,10 +177,11 @@ class SRPOMixin(_Base):
             counterfactual.positions[own, : token_ids.shape[1]],
         )
         memory = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _ScaleMemory))
+        carried_back = counterfactual.carry_back(self._srpo_gather(counterfactual_log_probs), log_probs)
         credit = srpo_advantages(
             log_probs,
             corrupted_log_probs,
-            counterfactual.carry_back(self._srpo_gather(counterfactual_log_probs), log_probs),
+            carried_back,
             rollouts.roles,
             rollouts.advantages,
             rollouts.mask,
@@ -189,7 +191,8 @@ class SRPOMixin(_Base):
         )
         if self.model.training:
             memory.remember(credit.scale_state)
-        return credit, counterfactual.donors if options.counterfactual == "swap" else None
+        donors = counterfactual.donors if options.counterfactual == "swap" else None
+        return credit, donors, _Views(log_probs, corrupted_log_probs, carried_back)
 
     def _srpo_log_probs(
         self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -263,6 +266,54 @@ class SRPOMixin(_Base):
         columns["srpo_broken"].extend(BrokenReason(reason).name.lower() for reason in rollouts.broken.tolist())
         logged["srpo/seconds"].append(time.perf_counter() - start)
 
+    def _srpo_write(
+        self, rollouts: "_Rollouts", credit: RoleAdvantages, donors: Tensor | None, views: "_Views"
+    ) -> None:
+        """Append the training batch of all ranks to the file of ``srpo_rollouts``."""
+        path = self.args.srpo_rollouts
+        if path is None or not self.model.training or not self.accelerator.is_main_process:
+            return
+        if self._srpo_writer is None:
+            resumed = self.state.global_step > 0
+            self._srpo_writer = RolloutWriter(
+                path,
+                tokenizer=self._srpo_tokenizer,
+                tags=self._srpo.tags,
+                eos_token_id=self._srpo_eos,
+                mode="append" if resumed else "replace",
+            )
+        # TRL keeps the last batches of all ranks for its table of completions; NaN where a function gave no reward.
+        count, logs = len(rollouts.mask), self._logs
+        images = [row[0] if row else None for row in list(logs.get("images", ()))[-count:]]
+        by_function = torch.tensor([list(rewards)[-count:] for rewards in logs["rewards"].values()])
+        self._srpo_writer.write(
+            rollouts.token_ids,
+            rollouts.mask,
+            old_log_probs=views.log_probs,
+            corrupted_log_probs=views.corrupted_log_probs,
+            counterfactual_log_probs=views.counterfactual_log_probs,
+            roles=rollouts.roles,
+            broken=rollouts.broken,
+            visual_dependency=credit.visual_dependency,
+            perception_consistency=credit.perception_consistency,
+            weights=credit.weights,
+            rewards=(by_function * self.reward_weights.cpu()[:, None]).nansum(0),
+            advantages=rollouts.advantages,
+            group_ids=rollouts.group_ids,
+            donors=donors,
+            prompts=[_text_of(prompt) for prompt in list(logs["prompt"])[-count:]],
+            images=images if len(images) == count else None,
+            step=self.state.global_step,
+        )
+
+    @property
+    def _srpo_eos(self) -> list[int]:
+        eos = self.model.generation_config.eos_token_id
+        return [
+            self._srpo_tokenizer.eos_token_id,
+            *(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+        ]
+
     @property
     def _srpo_tokenizer(self) -> Any:
         return getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -288,6 +339,14 @@ class _Rollouts(NamedTuple):
         return self.mask & (self.roles == int(role))
 
 
+class _Views(NamedTuple):
+    """Log-probabilities of the same tokens in each context, of all ranks."""
+
+    log_probs: Tensor
+    corrupted_log_probs: Tensor | None
+    counterfactual_log_probs: Tensor
+
+
 class _ScaleMemory(TrainerCallback, ExportableState):
     """Keeps the moving average behind ``srpo_scale="ema_rms"`` in ``trainer_state.json``."""
 
@@ -308,6 +367,15 @@ class _ScaleMemory(TrainerCallback, ExportableState):
 
     def remember(self, state: ScaleState | None) -> None:
         self.sums = None if state is None else torch.stack(list(state)).tolist()
+
+
+def _text_of(prompt: str | list[dict[str, Any]]) -> str:
+    """The words of a prompt that may be a conversation, whose messages may have parts."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message["content"] for message in prompt]
+    parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
+    return "\n".join(part["text"] for part in parts if part.get("text"))
 
 
 def check_upstream(trainer_class: type) -> None:
