@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from srpo_openrlhf import hooks
-from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config, option_parser, parse_options
+from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, ROLLOUTS_VARIABLE, dump_config, option_parser, parse_options
 from srpo_openrlhf.settings import check_arguments, check_config
 
 _STOCK = "openrlhf.cli.train_ppo_ray"
@@ -31,12 +31,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nThe rest is {_STOCK}'s:\n", flush=True)
         _run_stock(["--help"])
         return
-    config, rest = parse_options(argv)
+    config, rollouts, rest = parse_options(argv)
     check_config(config)
     # Here, too, so that an unsupported version fails before any worker starts.
     hooks.install()
     importlib.import_module(hooks.TARGET)
-    _hook_workers(dump_config(config))
+    variables = {ENVIRONMENT_VARIABLE: dump_config(config)}
+    if rollouts is not None:  # a worker has a folder of its own
+        variables[ROLLOUTS_VARIABLE] = os.path.abspath(rollouts)
+    _hook_workers(variables)
     _check_before_start()
     _run_stock(rest)
 
@@ -46,7 +49,7 @@ def _run_stock(argv: list[str]) -> None:
     runpy.run_module(_STOCK, run_name="__main__", alter_sys=True)  # its parser lives under `if __name__ == "__main__"`
 
 
-def _hook_workers(dumped_config: str) -> None:
+def _hook_workers(variables: dict[str, str]) -> None:
     """Add the worker hook and the options to whatever runtime environment the stock code starts Ray with."""
     import ray
 
@@ -54,13 +57,13 @@ def _hook_workers(dumped_config: str) -> None:
         @functools.wraps(init)
         def wrapper(*args: Any, runtime_env: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             runtime_env = dict(runtime_env or {})
-            runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), ENVIRONMENT_VARIABLE: dumped_config}
+            runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **variables}
             runtime_env["worker_process_setup_hook"] = f"{hooks.__name__}.{hooks.install.__name__}"
             return init(*args, runtime_env=runtime_env, **kwargs)
 
         return wrapper
 
-    os.environ[ENVIRONMENT_VARIABLE] = dumped_config
+    os.environ.update(variables)
     ray.init = with_hook(ray.init)
 
 

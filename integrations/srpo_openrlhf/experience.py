@@ -6,9 +6,10 @@ order in which they were sampled, so that neither swaps nor scales depend on how
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from srpo_core import (
     BrokenReason,
+    RoleAdvantages,
     Segmentation,
     SRPOConfig,
     corrupt_pixel_values,
@@ -24,9 +26,19 @@ from srpo_core import (
     segment_responses,
     srpo_advantages,
 )
-from srpo_openrlhf.options import load_config
+from srpo_core.rollouts import RolloutWriter
+from srpo_openrlhf.options import ROLLOUTS_VARIABLE, load_config
 
-__all__ = ["Rollout", "Scores", "corrupt_inputs", "fold_weights", "patch_maker", "score_rollout", "stack_rollout"]
+__all__ = [
+    "Rollout",
+    "Scores",
+    "corrupt_inputs",
+    "fold_weights",
+    "patch_maker",
+    "score_rollout",
+    "stack_rollout",
+    "write_rollout",
+]
 
 #: What the processor made of one row's images, by name; None for a row without.
 ImageInputs = Mapping[str, Any] | None
@@ -79,7 +91,11 @@ def patch_maker(module: ModuleType) -> None:
             raise RuntimeError("srpo_openrlhf: advantages were asked for before make_experience made the batch")
         experiences = advantages(self, experiences)
         rollout, scores, config, step = pending
-        fold_weights(experiences, rollout, scores, config, step=step)
+        credit = fold_weights(experiences, rollout, scores, config, step=step)
+        if (path := os.environ.get(ROLLOUTS_VARIABLE)) is not None:
+            if not hasattr(self, "_srpo_writer"):
+                self._srpo_writer = _writer(self, path, config, mode="append" if step > 0 else "replace")
+            write_rollout(self._srpo_writer, experiences, rollout, scores, credit, step=step)
         self._srpo_step += 1
         return experiences
 
@@ -170,8 +186,8 @@ def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, conf
 
 def fold_weights(
     experiences: Sequence[Any], rollout: Rollout, scores: Scores, config: SRPOConfig, *, step: int
-) -> None:
-    """Multiply the weights into ``advantages``, in place, and put each response's metrics into ``info``.
+) -> RoleAdvantages:
+    """Multiply the weights into ``advantages``, in place, put each response's metrics into ``info``; return the credit.
 
     Args:
         experiences: With the framework's advantages, normalised: one value per response, repeated over its tokens.
@@ -213,6 +229,48 @@ def fold_weights(
         weighted = experience.advantages * credit.weights[experience.index, : mask.shape[1]]
         experience.advantages = torch.where(mask, weighted.to(experience.advantages.dtype), experience.advantages)
         experience.info.update({f"srpo/{name}": values[experience.index] for name, values in by_name.items()})
+    return credit
+
+
+def write_rollout(
+    writer: RolloutWriter,
+    experiences: Sequence[Any],
+    rollout: Rollout,
+    scores: Scores,
+    credit: RoleAdvantages,
+    *,
+    step: int,
+) -> None:
+    """Append the rollout to the file of ``--srpo.rollouts``, in the order in which it was sampled."""
+    index = _index(experiences).tolist()
+    rewards = torch.cat([experience.rewards.reshape(-1) for experience in experiences]).tolist()
+    prompts = [prompt for experience in experiences for prompt in experience.prompts]
+    by_row = {row: place for place, row in enumerate(index)}
+    first = rollout.mask.int().argmax(dim=1, keepdim=True)
+    advantages = (credit.advantages / credit.weights).gather(1, first).squeeze(1)
+    writer.write(
+        rollout.token_ids,
+        rollout.mask,
+        old_log_probs=rollout.log_probs,
+        corrupted_log_probs=scores.corrupted_log_probs,
+        counterfactual_log_probs=scores.counterfactual_log_probs,
+        roles=scores.segmentation.roles,
+        broken=scores.segmentation.broken,
+        visual_dependency=credit.visual_dependency,
+        perception_consistency=credit.perception_consistency,
+        weights=credit.weights,
+        rewards=[rewards[by_row[row]] for row in range(len(index))],
+        advantages=torch.where(rollout.mask.any(1), advantages, 0.0),
+        group_ids=rollout.prompt_ids,
+        prompts=[prompts[by_row[row]] for row in range(len(index))],
+        step=step,
+    )
+
+
+def _writer(maker: Any, path: str, config: SRPOConfig, *, mode: Literal["replace", "append"]) -> RolloutWriter:
+    tokenizer = getattr(maker.tokenizer, "tokenizer", maker.tokenizer)
+    ends = _eos_token_ids(tokenizer, maker.args.actor.model_name_or_path)
+    return RolloutWriter(path, tokenizer=tokenizer, tags=config.tags, eos_token_id=ends, mode=mode)
 
 
 def corrupt_inputs(

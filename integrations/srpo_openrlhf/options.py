@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from srpo_core import RoleTags, SRPOConfig
 
-__all__ = ["ENVIRONMENT_VARIABLE", "dump_config", "load_config", "option_parser", "parse_options"]
+__all__ = ["ENVIRONMENT_VARIABLE", "ROLLOUTS_VARIABLE", "dump_config", "load_config", "option_parser", "parse_options"]
 
 #: Carries the options to the Ray workers, as JSON.
 ENVIRONMENT_VARIABLE = "SRPO_OPENRLHF"
+#: Carries the path of the file that rollouts are written to, if there is one.
+ROLLOUTS_VARIABLE = "SRPO_OPENRLHF_ROLLOUTS"
 _PREFIX = "--srpo."
 
 _HELP = {
@@ -54,6 +56,11 @@ def option_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("SRPO")
+    group.add_argument(
+        _PREFIX + "rollouts",
+        metavar="FILE",
+        help="write every rollout batch to this JSON Lines file, for `srpo report` and its kin; resuming appends",
+    )
     defaults = SRPOConfig()
     hints = get_type_hints(SRPOConfig)
     for name, text in _HELP.items():
@@ -74,15 +81,15 @@ def option_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, list[str]]:
-    """The checked options, and what is left of the command line for OpenRLHF, in its order.
+def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, str | None, list[str]]:
+    """The checked options, the file for the rollouts, and what is left of the command line for OpenRLHF, in its order.
 
     Exits with status 2 and a sentence if an option is unknown or out of range, as argparse does.
 
     Example:
-        >>> config, rest = parse_options(["--actor.adam.lr", "1e-6", "--srpo.strength", "0.5", "--ds.packing_samples"])
+        >>> config, _, rest = parse_options(["--actor.adam.lr", "1e-6", "--srpo.strength", "0.5", "--seed", "1"])
         >>> config.strength, rest
-        (0.5, ['--actor.adam.lr', '1e-6', '--ds.packing_samples'])
+        (0.5, ['--actor.adam.lr', '1e-6', '--seed', '1'])
     """
     parser = option_parser()
     ours, rest = parser.parse_known_args(argv)
@@ -90,13 +97,14 @@ def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, list[str]]:
     if unknown:
         parser.error(f"unknown option {unknown[0].partition('=')[0]}; python -m srpo_openrlhf --help lists them")
     values = {name.removeprefix("srpo."): value for name, value in vars(ours).items()}
+    rollouts = values.pop("rollouts")
     try:
         tags = RoleTags(
             perception=values.pop("perception_tags"),
             reasoning=values.pop("reasoning_tags"),
             answer=values.pop("answer_tags") or None,
         )
-        return SRPOConfig(tags=tags, **values), rest
+        return SRPOConfig(tags=tags, **values), rollouts, rest
     except ValueError as error:
         parser.error(f"{_PREFIX}*: {error}")
 

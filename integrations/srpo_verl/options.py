@@ -8,7 +8,7 @@ from typing import Any
 
 from srpo_core import RoleTags, SRPOConfig
 
-__all__ = ["check_config", "srpo_config"]
+__all__ = ["check_config", "rollouts_path", "srpo_config"]
 
 #: Options of the loss and of GRPO's advantage: verl has its own, and keeps them.
 _VERLS_OWN = {
@@ -25,7 +25,12 @@ _VERLS_OWN = {
     "kl_estimator": "actor_rollout_ref.actor.kl_loss_type",
     "reduction": "actor_rollout_ref.actor.loss_agg_mode",
 }
-_OPTIONS = tuple(field.name for field in fields(SRPOConfig) if field.name not in (*_VERLS_OWN, "scale_decay"))
+#: Where to write what; not an option of the method.
+_ROLLOUTS = "rollouts"
+_OPTIONS = (
+    *(field.name for field in fields(SRPOConfig) if field.name not in (*_VERLS_OWN, "scale_decay")),
+    _ROLLOUTS,
+)
 
 _NEEDS_LOGITS = "compares full distributions, and verl's workers return the log-probs of sampled tokens only"
 #: Values of SRPOConfig that the core knows but this adapter cannot honour, and why.
@@ -138,13 +143,29 @@ def srpo_config(options: Mapping[str, Any]) -> SRPOConfig:
     for (name, value), reason in _UNSUPPORTED.items():
         if options.get(name) == value:
             raise ValueError(f"algorithm.srpo.{name}={value!r} does not work in verl: {reason}")
-    arguments = dict(options)
+    arguments = {name: value for name, value in options.items() if name != _ROLLOUTS}
     try:
         if "tags" in arguments:
             arguments["tags"] = _tags(arguments["tags"])
         return SRPOConfig(**arguments)
     except (ValueError, TypeError) as error:  # jaxtyping's TypeCheckError is a TypeError
         raise ValueError(f"algorithm.srpo: {error}") from error
+
+
+def rollouts_path(config: Mapping[str, Any]) -> str | None:
+    """The file of ``algorithm.srpo.rollouts``, to which every training batch is written; None: nothing is.
+
+    Raises:
+        ValueError: If it is not a path.
+
+    Example:
+        >>> rollouts_path({"algorithm": {"srpo": {"rollouts": "rollouts.jsonl"}}})
+        'rollouts.jsonl'
+    """
+    path = _get(config, f"algorithm.srpo.{_ROLLOUTS}")
+    if path is not None and not isinstance(path, str):
+        raise ValueError(f"algorithm.srpo.rollouts must be the path of a file, got {path!r}")
+    return path
 
 
 def _tags(tags: Any) -> RoleTags:

@@ -19,12 +19,14 @@ from verl.workers.utils.padding import response_to_nested
 
 from srpo_core import (
     CounterfactualResponses,
+    RoleAdvantages,
     Segmentation,
     counterfactual_responses,
     segment_responses,
     srpo_advantages,
 )
-from srpo_verl.options import check_config
+from srpo_core.rollouts import RolloutWriter
+from srpo_verl.options import check_config, rollouts_path
 from srpo_verl.views import source_tokens
 from srpo_verl.worker import SRPOWorker
 
@@ -40,6 +42,9 @@ _VIEW_FIELDS = ("srpo_responses", "srpo_sources")
 class Rollouts(NamedTuple):
     """A batch of responses, right-padded, before rejection may shrink its mask."""
 
+    token_ids: Tensor
+    mask: Tensor
+    group_ids: Tensor
     segmentation: Segmentation
     changed: CounterfactualResponses
 
@@ -52,12 +57,16 @@ class SRPOMixin(_Trainer):
     """Give to a trainer of ``verl.trainer.ppo.v1``: two more passes a batch, then GRPO's advantages, weighted."""
 
     base_mode = "sync"
+    _rollouts_path: str | None = None
+    _writer: RolloutWriter | None = None
 
     def __init__(self, config: DictConfig) -> None:
-        options = check_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        options = check_config(plain)
         if options is None:
             raise ValueError("SRPO's trainer needs trainer.v1.trainer_mode=srpo")
         self.srpo_config = options
+        self._rollouts_path = rollouts_path(plain)
         # verl compares this string with "sync" in six places: under another name it would turn asynchronous.
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
@@ -102,16 +111,17 @@ class SRPOMixin(_Trainer):
         )
         uids = tu.get(data, "uid")
         numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
+        group_ids = torch.tensor([numbers[uid] for uid in uids])
         changed = counterfactual_responses(
             token_ids,
             segmentation.roles,
             mask,
             kind=self.srpo_config.counterfactual,
-            group_ids=torch.tensor([numbers[uid] for uid in uids]),
+            group_ids=group_ids,
             boundary=segmentation.boundary,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return Rollouts(segmentation, changed)
+        return Rollouts(token_ids, mask, group_ids, segmentation, changed)
 
     def _score_views(self, batch: KVBatchMeta, rollouts: Rollouts) -> None:
         """Have the workers score every row in its other contexts; the results wait in the TransferQueue."""
@@ -157,17 +167,21 @@ class SRPOMixin(_Trainer):
             )
         # Rejection may have shrunk it: a trajectory's weights have mean one over what is left to train on.
         mask = data["response_mask"].to_padded_tensor(0).bool()
+        # Where there is no image the contrast is 0, not the noise between two passes.
+        corrupted = torch.where(images[:, None] > 0, corrupted, old)
+        counterfactual = rollouts.changed.carry_back(counterfactual, old)
         credit = srpo_advantages(
             old,
-            # Where there is no image the contrast is 0, not the noise between two passes.
-            torch.where(images[:, None] > 0, corrupted, old),
-            rollouts.changed.carry_back(counterfactual, old),
+            corrupted,
+            counterfactual,
             rollouts.segmentation.roles,
             _of_response(advantages, mask),
             mask,
             broken=rollouts.segmentation.broken,
             **self.srpo_config.advantage_options(step=self.global_steps),
         )
+        if self._rollouts_path is not None:
+            self._write(batch, rollouts, credit, (old, corrupted, counterfactual), _of_response(advantages, mask))
         weighted = response_to_nested(advantages * credit.weights, data["response_mask"])
         batch = tq.kv_batch_put(
             keys=batch.keys,
@@ -180,6 +194,48 @@ class SRPOMixin(_Trainer):
         metrics["srpo/corruption/unchanged/mean"] = (same.sum() / images.sum().clamp(min=1)).item()
         metrics["srpo/counterfactual/fraction"] = _share_changed(rollouts.changed, mask)
         return batch
+
+    def _write(
+        self,
+        batch: KVBatchMeta,
+        rollouts: Rollouts,
+        credit: RoleAdvantages,
+        log_probs: tuple[Tensor, Tensor, Tensor],
+        advantages: Tensor,
+    ) -> None:
+        """Append the batch to the file of ``algorithm.srpo.rollouts``; a resumed run goes on with it."""
+        assert self._rollouts_path is not None
+        if self._writer is None:
+            self._writer = RolloutWriter(
+                self._rollouts_path,
+                tokenizer=self.tokenizer,
+                tags=self.srpo_config.tags,
+                eos_token_id=self._end_ids,
+                mode="append" if self.global_steps > 1 else "replace",
+            )
+        data = self._get(batch, "rm_scores", "prompts")
+        prompts = [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in data["prompts"].unbind()]
+        rewards = torch.stack([row.sum() for row in data["rm_scores"].unbind()])
+        real = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding")]
+        swapped = self.srpo_config.counterfactual == "swap"
+        self._writer.write(
+            rollouts.token_ids[real],
+            rollouts.mask[real],  # also what was rejected since: its weight is 0
+            old_log_probs=log_probs[0][real],
+            corrupted_log_probs=log_probs[1][real],
+            counterfactual_log_probs=log_probs[2][real],
+            roles=rollouts.segmentation.roles[real],
+            broken=rollouts.segmentation.broken[real],
+            visual_dependency=credit.visual_dependency[real],
+            perception_consistency=credit.perception_consistency[real],
+            weights=credit.weights[real],
+            rewards=rewards[real].float(),
+            advantages=advantages[real],
+            group_ids=rollouts.group_ids[real],
+            donors=rollouts.changed.donors[real] if swapped else None,
+            prompts=[prompts[row] for row in real],
+            step=self.global_steps,
+        )
 
     @property
     def _old_log_probs_are_the_rollouts(self) -> bool:

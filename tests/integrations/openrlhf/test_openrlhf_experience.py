@@ -17,9 +17,10 @@ from openrlhf.utils import get_tokenizer
 from PIL import Image
 from srpo_openrlhf import hooks
 from srpo_openrlhf.experience import _eos_token_ids, corrupt_inputs
-from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config
+from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, ROLLOUTS_VARIABLE, dump_config
 from tiny_models import write_text_model, write_vision_model
 from transformers import GenerationConfig
+from typer.testing import CliRunner
 
 from srpo_core import (
     Role,
@@ -29,6 +30,9 @@ from srpo_core import (
     segment_responses,
     srpo_advantages,
 )
+from srpo_core.commands import app
+from srpo_core.rollouts import read_rollouts
+from srpo_core.summaries import CreditOptions, score_rollouts
 
 PROMPTS, SAMPLES = 3, 4
 STOCK = {name: vars(RemoteExperienceMaker)[name] for name in hooks.SIGNATURES}
@@ -436,3 +440,52 @@ def test_videos_are_refused(vision):
     images = [{"pixel_values_videos": torch.zeros(4, 1176), "video_grid_thw": torch.tensor([[1, 2, 2]])}]
     with pytest.raises(ValueError, match="needs pixel_values and no videos"):
         corrupt_inputs(images, torch.tensor([0]), vision.tokenizer.image_processor, SRPOConfig(), step=0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypatch, tmp_path, strength):
+    path = tmp_path / "rollouts.jsonl"
+    monkeypatch.setenv(ROLLOUTS_VARIABLE, str(path))
+    stock = made(vision, rollout(vision))
+    hooked(SRPOConfig(strength=strength))
+    samples = rollout(vision)
+    ours, scores = scores_of(vision, samples, monkeypatch)
+    written = list(read_rollouts(path))
+    assert len(written) == len(ours) == PROMPTS * SAMPLES
+    for row, (line, sample, plain, single) in enumerate(zip(written, samples, stock, ours, strict=True)):
+        where = single.action_mask[0].bool()
+        count = int(where.sum())
+        assert line.text == vision.text_tokenizer.decode(single.sequences[0, 1:][where])
+        assert (line.step, line.reward) == (0, sample.rewards.item())
+        assert line.prompt == sample.prompts[0]
+        assert line.advantage == pytest.approx(plain.advantages[0][where][0].item(), abs=1e-4)
+        credit = torch.tensor(line.weights) * line.advantage
+        torch.testing.assert_close(credit, single.advantages[0][where].float(), atol=1e-3, rtol=0)
+        recorded = torch.tensor(line.counterfactual_log_probs)
+        mask = torch.nn.functional.pad(where, (0, scores.counterfactual_log_probs.shape[1] - len(where)))
+        torch.testing.assert_close(recorded, scores.counterfactual_log_probs[row][mask], atol=1e-4, rtol=0)
+        assert len(recorded) == count
+    assert len({line.group for line in written}) == PROMPTS
+    # With the options of the run, the recorded log-probs give its weights.
+    for scored in score_rollouts(written, CreditOptions(SRPOConfig(strength=strength), recompute=True)):
+        torch.testing.assert_close(
+            torch.as_tensor(scored.weights).float(), torch.tensor(scored.rollout.weights), atol=1e-3, rtol=0
+        )
+    for arguments in (
+        ["report", str(path), "-o", str(tmp_path / "report.html")],
+        ["show", str(path), "--index", "1"],
+        ["segment", str(path)],
+        ["weights", str(path), "--strength", "0.5"],
+    ):
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0, (arguments, shown.output)
+
+
+def test_the_next_batch_is_appended(vision, hooked, monkeypatch, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    monkeypatch.setenv(ROLLOUTS_VARIABLE, str(path))
+    hooked(SRPOConfig())
+    maker = vision.maker()
+    for seed in (0, 1):
+        maker.make_experience_batch(rollout(vision, seed=seed))
+    assert [line.step for line in read_rollouts(path)] == [0] * PROMPTS * SAMPLES + [1] * PROMPTS * SAMPLES

@@ -60,24 +60,28 @@ def test_every_field_of_the_config_is_an_option_or_a_flag_of_openrlhf():
     offered = {action.dest.removeprefix("srpo.") for action in option_parser()._actions}
     tags = {"perception_tags", "reasoning_tags", "answer_tags"}
     assert tags <= offered
-    assert (offered - tags) | {"tags"} | STOCK_FLAGS == {field.name for field in fields(SRPOConfig)}
+    assert (offered - tags - {"rollouts"}) | {"tags"} | STOCK_FLAGS == {field.name for field in fields(SRPOConfig)}
     assert not offered & STOCK_FLAGS
 
 
 def test_without_options_the_config_is_the_default():
-    assert parse_options([]) == (SRPOConfig(), [])
+    assert parse_options([]) == (SRPOConfig(), None, [])
 
 
 def test_options_are_taken_out_and_the_rest_keeps_its_order():
     argv = ["--reward.clip_range", "-10", "10", "--srpo.strength=0.5", "--ds.packing_samples"]
     argv += ["--srpo.corruption", "black", "--srpo.mix_warmup_steps", "7", "--actor.adam.lr", "1e-6"]
-    config, rest = parse_options(argv)
+    config, _, rest = parse_options(argv)
     assert config == SRPOConfig(strength=0.5, corruption="black", mix_warmup_steps=7)
     assert rest == ["--reward.clip_range", "-10", "10", "--ds.packing_samples", "--actor.adam.lr", "1e-6"]
 
 
+def test_the_file_for_rollouts_is_an_option_of_its_own():
+    assert parse_options(["--srpo.rollouts", "a.jsonl", "--seed", "1"]) == (SRPOConfig(), "a.jsonl", ["--seed", "1"])
+
+
 def test_tags_are_options():
-    config, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
+    config, _, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
     assert config.tags == RoleTags(perception=("<see>", "</see>"), answer=None)
 
 

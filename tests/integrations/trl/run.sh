@@ -11,9 +11,9 @@ export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false 
 python=.venv-trl/bin/python
 
 [ -x $python ] || python3 -m venv .venv-trl
-if ! $python -c "import trl, peft, pytest, hypothesis, rich, srpo_trl" 2>/dev/null; then
+if ! $python -c "import trl, peft, pytest, hypothesis, rich, typer, srpo_trl" 2>/dev/null; then
   # Not the newest TRL there is: the newest that these tests have been run with.
-  $python -m pip install -q --no-compile -c constraints.txt -e ".[trl]" "trl==1.16.*" peft pillow pytest hypothesis rich
+  $python -m pip install -q --no-compile -c constraints.txt -e ".[trl]" "trl==1.16.*" peft pillow pytest hypothesis rich typer
 fi
 if $python -c "import torchvision" 2>/dev/null; then
   echo "torchvision is installed in .venv-trl: beside a CPU build of torch it breaks transformers' imports" >&2

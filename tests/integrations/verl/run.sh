@@ -15,7 +15,7 @@ if ! "$PYTHON" -c 'import verl, srpo_verl, pytest' 2>/dev/null; then
   # verl[cpu] would pin another torch.
   "$PYTHON" -m pip install --quiet --constraint "$root/constraints.txt" \
     'verl>=0.9.1,<0.10' TransferQueue pyzmq msgspec cachetools fastapi uvicorn \
-    torch einops jaxtyping beartype pytest hypothesis
+    torch einops jaxtyping beartype typer rich pytest hypothesis
   "$PYTHON" -m pip install --quiet --no-deps --editable "$root"
 fi
 

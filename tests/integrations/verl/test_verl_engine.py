@@ -25,6 +25,7 @@ from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
+from typer.testing import CliRunner
 from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.utils import tensordict_utils as tu
@@ -41,6 +42,9 @@ from verl_harness import rollouts, tiny_vlm
 from verl_harness.alone import changed_alone, padded, score_alone
 
 from srpo_core import SRPOConfig, grpo_loss, srpo_advantages
+from srpo_core.commands import app
+from srpo_core.rollouts import read_rollouts
+from srpo_core.summaries import CreditOptions, score_rollouts
 
 PROMPTS, N = 4, 4
 EXAMPLES = pathlib.Path(__file__).parents[3] / "docs" / "examples"
@@ -227,6 +231,7 @@ def run_step(parts, rows, known_steps, monkeypatch):
         trainer.tokenizer = parts.tokenizer
         if issubclass(trainer_class, adapter.SRPOMixin):
             trainer.srpo_config = adapter.check_config(options)
+            trainer._rollouts_path = adapter.rollouts_path(options)
             trainer._end_ids = [parts.tokenizer.eos_token_id]
             trainer.actor_rollout_wg = Workers(queue, srpo_worker(parts, trainer.srpo_config), workers)
         metrics = {}
@@ -365,6 +370,36 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
     assert not torch.allclose(weighted, advantages, atol=1e-3)
     for name, value in expected.metrics.items():
         assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_the_rollouts_are_written_for_the_srpo_command(parts, run_step, tmp_path, strength):
+    path = tmp_path / "rollouts.jsonl"
+    step = run_step(f"+algorithm.srpo.rollouts={path}", f"+algorithm.srpo.strength={strength}")
+    plain = run_step(f"+algorithm.srpo.strength={strength}")
+    rows = [row for row in step.rows if row["uid"] != "pad"]
+    written = list(read_rollouts(path))
+    assert len(written) == len(rows) == PROMPTS * N - 1
+    for line, row, same in zip(written, rows, plain.rows, strict=False):
+        mask = row["response_mask"].bool()
+        assert torch.equal(row["advantages"], same["advantages"])
+        assert line.text == parts.tokenizer.decode(row["responses"][mask])
+        assert line.reward == pytest.approx(row["rm_scores"].sum().item(), abs=1e-5)
+        credit = torch.tensor(line.weights) * line.advantage
+        torch.testing.assert_close(credit, row["advantages"][mask].float(), atol=1e-3, rtol=0)
+        recorded = torch.tensor(line.old_log_probs)
+        torch.testing.assert_close(recorded, row["old_log_probs"][mask].float(), atol=1e-4, rtol=0)
+    for scored in score_rollouts(written, CreditOptions(SRPOConfig(strength=strength), recompute=True)):
+        weights = torch.tensor(scored.rollout.weights)
+        torch.testing.assert_close(torch.as_tensor(scored.weights).float(), weights, atol=1e-3, rtol=0)
+    for arguments in (
+        ["report", str(path), "-o", str(tmp_path / "report.html")],
+        ["show", str(path), "--index", "1"],
+        ["segment", str(path)],
+        ["weights", str(path), "--strength", "0.5"],
+    ):
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0, (arguments, shown.output)
 
 
 def test_strength_zero_is_verls_grpo_bit_for_bit(run_step):
