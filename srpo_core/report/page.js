@@ -416,7 +416,7 @@ function drawSample() {
   if (images || imagesLeftOut || imagesMissing) parts.push(`${plural(images, "image")}${imagesLeftOut ? `, ${whole(imagesLeftOut)} left out to keep the page small` : ""}${imagesMissing ? `, ${whole(imagesMissing)} not found or not readable` : ""}`);
   at("sample").textContent = parts.join("; ");
   at("footer").append(
-    el("p", {}, `All figures and distributions are over all ${plural(data.counts.responses, "response")}; only the list shows ${shown === total ? "all" : "a sample"} of them. A kind is a reason to be malformed, or a combination of right and wrong answer and perception.`),
+    el("p", {}, `All figures and distributions are over all ${plural(data.counts.responses, "response")}; the list shows ${shown === total ? "all" : "a sample"} of them. A kind is a reason to be malformed, or a combination of right and wrong answer and perception.`),
     el("p", {}, `Weights are ${data.weights === "recorded" ? "the trainer's own" : data.weights === "computed" ? `computed from the recorded log-probs, with ${data.options}` : `the trainer's own where recorded, else computed with ${data.options}`}. 1 is GRPO. Quantiles are exact to 0.3 % of their value.`),
     el("p", {}, `Written by srpo_core ${data.version}.`));
 }
