@@ -453,14 +453,14 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
     written = list(read_rollouts(path))
     assert len(written) == len(ours) == PROMPTS * SAMPLES
     for row, (line, sample, plain, single) in enumerate(zip(written, samples, stock, ours, strict=True)):
-        where = single.action_mask[0].bool()
+        where = single.action_mask.reshape(-1).bool()
         count = int(where.sum())
-        assert line.text == vision.text_tokenizer.decode(single.sequences[0, 1:][where])
+        assert line.text == vision.text_tokenizer.decode(single.sequences.reshape(-1)[1:][where])
         assert (line.step, line.reward) == (0, sample.rewards.item())
         assert line.prompt == sample.prompts[0]
-        assert line.advantage == pytest.approx(plain.advantages[0][where][0].item(), abs=1e-4)
+        assert line.advantage == pytest.approx(plain.advantages.reshape(-1)[where][0].item(), abs=1e-4)
         credit = torch.tensor(line.weights) * line.advantage
-        torch.testing.assert_close(credit, single.advantages[0][where].float(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(credit, single.advantages.reshape(-1)[where].float(), atol=1e-3, rtol=0)
         recorded = torch.tensor(line.counterfactual_log_probs)
         mask = torch.nn.functional.pad(where, (0, scores.counterfactual_log_probs.shape[1] - len(where)))
         torch.testing.assert_close(recorded, scores.counterfactual_log_probs[row][mask], atol=1e-4, rtol=0)
