@@ -66,6 +66,8 @@ def flags(folder: Path, name: str, extra: list[str]) -> list[str]:
         "ckpt.path": checkpoint,
     }
     line = [part for flag, value in values.items() for part in (f"--{flag}", str(value))]
+    if name == "strength 1":
+        extra = [*extra, "--srpo.rollouts", str(folder / "rollouts.jsonl")]
     return [*line, "--data.apply_chat_template", *extra]
 
 
@@ -142,6 +144,8 @@ def check(folder: Path) -> None:
             held(f"strength 0: {metric}", ours[metric] == stock[metric], ours[metric], stock[metric])
     for stock, ours in zip(steps["stock"], steps["strength 1"], strict=True):
         held("strength 1 changes the gradient", ours["actor_grad_norm"] != stock["actor_grad_norm"])
+    written = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    held("strength 1 writes both rollout batches", [line["step"] for line in written] == [0] * 8 + [1] * 8)
     one, two = (steps[name][0]["actor_grad_norm"] for name in ("strength 1, ZeRO-2", "strength 1, ZeRO-2, dp 2"))
     held("dp 2 with ZeRO-2: grad norm within 1e-3", abs(two - one) < 1e-3 * one, two, one)
 

@@ -40,7 +40,8 @@ train() { # NAME MODE WORKERS [overrides...]
   echo "$name: exit status $status after $((SECONDS - began)) s"
 }
 
-SRPO_VERL_RECORD=$work/record_one train srpo_one srpo 1 +algorithm.srpo.strength=1
+SRPO_VERL_RECORD=$work/record_one train srpo_one srpo 1 +algorithm.srpo.strength=1 \
+  +algorithm.srpo.rollouts="$work/rollouts.jsonl"
 train zero_one srpo 1 +algorithm.srpo.strength=0
 train grpo_one sync 1
 # Two workers, uneven groups (so verl pads the batch), importance sampling against the rollout engine.
@@ -55,5 +56,6 @@ SRPO_VERL_FAIL_WORKER=1 train failing_worker srpo 1
 
 PYTHONPATH=$here VERL_USE_EXTERNAL_MODULES=verl_harness.platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda \
   HF_HUB_OFFLINE=1 "$PYTHON" "$here/check_runs.py" "$work" 2>"$work/check.log" || { tail -5 "$work/check.log"; exit 1; }
+"$venv/bin/srpo" segment "$work/rollouts.jsonl"
 echo "run.sh: SRPO held in verl $("$PYTHON" -m pip show verl | sed -n 's/^Version: //p'): two steps from the command" \
   "line, strength 0 = GRPO with 1 and 2 workers, weights = srpo_core, log-probs = one by one, no pixels on the driver"
