@@ -226,17 +226,19 @@ def report(name: str, runs: Sequence[Mapping[str, Any]], results: Path) -> None:
         felt = float(np.mean([run["interference"] for run in runs if run["world"] == world]))
         title = f"{world}: {DESCRIPTIONS[world]}; interference {felt:.2g}"
         table = Table(title=title, title_justify="left")
-        for index, head in enumerate(cells[0]):
-            table.add_column(head, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        shown = [0, 1, 3, 4, 8, 9]  # what a terminal has room for
+        for index in shown:
+            table.add_column(cells[0][index], justify="right" if index else "left", no_wrap=index == 0)
         for line in cells[1:]:
-            table.add_row(*line, style="bold" if line[0] == "grpo" else None)
+            table.add_row(*(line[index] for index in shown), style="bold" if line[0] == "grpo" else None)
         console.print(table)
         lines = ["| " + " | ".join(line) + " |" for line in cells]
         parts.append(f"### {title}\n\n" + "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]))
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     (results / f"{name}.json").write_text(json.dumps({"versions": versions, "rows": rows, "runs": list(runs)}) + "\n")
     (results / f"{name}.md").write_text("\n\n".join(parts) + "\n")
+    console.print(f"Every number: {results / name}.md and .json")
 
 
 @app.command()
