@@ -126,7 +126,7 @@ def _map(x, members, kind, strength, bound):
     if kind == "sigmoid":
         return {t: 2 / (1 + math.exp(-strength * x[t])) for t in members}
     if kind == "softplus":
-        return {t: math.log(1 + math.exp(strength * x[t])) / math.log(2) for t in members}
+        return {t: math.log1p(math.exp(strength * x[t])) / math.log(2) for t in members}
     total = math.fsum(math.exp(strength * x[t]) for t in members)
     return {t: len(members) * math.exp(strength * x[t]) / total for t in members}
 

@@ -376,7 +376,9 @@ def test_config_defaults_equal_the_functions_and_every_option_is_there():
         "consistency_divergence",
         "scale_state",
         "ref_log_probs",
-        "normalizer",  # read only with perception_use, which no adapter makes
+        "normalizer",
+        "perception_use",
+        "use",  # read only with perception_use, which no adapter makes
     }
     for function in (srpo_advantages, srpo_loss, grpo_loss, group_advantages):
         options = {name: value for name, value in defaults(function).items() if name not in tensors}

@@ -195,8 +195,8 @@ def test_readings_interfere_and_stray_words_do_not():
 def told(arm: str, rate: float, seed: int, conflict: float) -> dict:
     return {
         "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict,
-        "grounded": 1 - conflict, "reward": conflict / 2, "aligned": 0.9, "curve": [0.1, conflict], "steps_to_threshold": 100,
-        "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
+        "grounded": 1 - conflict, "reward": conflict / 2, "aligned": 0.9, "curve": [0.1, conflict],
+        "steps_to_threshold": 100, "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
     }  # fmt: skip
 
 
