@@ -19,7 +19,7 @@ from benchmarks.grounding.arms import Oracle, Weighted, interference_of
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.train import SRPO, Batch, Method, TrainConfig, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, new_model, warm_start
-from benchmarks.grounding.world import ZERO, PriorClash, World, evidence
+from benchmarks.grounding.world import ZERO, PriorClash, Split, World, evidence
 from srpo_core import Role
 
 HELD_OUT = 1_000_000  # seeds from here on are for evaluation: training seeds are small
@@ -181,11 +181,9 @@ def result_path(job: Job) -> Path:
 
 
 def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
-    """Return the exact rates of each split, on the same problems for every model."""
-    return {
-        split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT)
-        for split in study.world.splits
-    }
+    """Return the exact rates on the training mixture and on each split, on the same problems for every model."""
+    splits: tuple[Split, ...] = ("train", *study.world.splits)
+    return {split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT) for split in splits}
 
 
 def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:

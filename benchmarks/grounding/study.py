@@ -34,6 +34,7 @@ NUMBERS = {
     "conflict": "conflict, mean over training",
     "reward": "training reward",
     "grounded": "of it with a true perception",
+    "mixture": "training mixture at the end",
     "aligned": "aligned at the end",
 }
 EXPLORATION_SEEDS = range(6)  # 100 and up are for confirmation
@@ -143,6 +144,7 @@ def tell(world: str, result: Mapping[str, Any]) -> dict[str, Any]:
         "final_rates": after["conflict"],
         "before": {split: rate["answer"] for split, rate in result["rates"]["before"].items()},
         "reward": float(np.mean(result["rewards"])),
+        "mixture": after["train"]["answer"],
         "aligned": after["aligned"]["answer"],
         "steps_to_threshold": int(reached[0]) + 10 if len(reached) else len(result["rewards"]),
         "curve": [point["conflict"] for point in curve],
@@ -231,7 +233,7 @@ def report(name: str, runs: Sequence[Mapping[str, Any]], results: Path) -> None:
         felt = float(np.mean([run["interference"] for run in runs if run["world"] == world]))
         title = f"{world}: {DESCRIPTIONS[world]}; interference {felt:.2g}"
         table = Table(title=title, title_justify="left")
-        shown = [0, 1, 3, 4, 8, 9]  # what a terminal has room for
+        shown = [0, 1, 3, 4, 9, 10]  # what a terminal has room for
         for index in shown:
             table.add_column(cells[0][index], justify="right" if index else "left", no_wrap=index == 0)
         for line in cells[1:]:
