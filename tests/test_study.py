@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.grounding import study
 from benchmarks.grounding.arms import ARMS, Oracle, Placebo, Scored, UseAlone, interference_of
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.readings import FIRST_FILLER, GAUGES, PATTERNS, VALUES, Readings
+from benchmarks.grounding.readings import FIRST_FILLER, PATTERNS, VALUES, Readings
 from benchmarks.grounding.study import Setting, app, best_rates, compare, interval
 from benchmarks.grounding.train import TrainConfig, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
@@ -75,7 +75,7 @@ def test_an_image_shows_its_gauges_and_a_question_hints_as_the_split_says(split)
 def test_which_gauges_are_asked_for():
     assert WORLD.sample(9, "train", seeded()).colours.unique(dim=0).tolist() == [[2, 6]]
     problems = Readings().sample(2000, "train", seeded())
-    assert len(problems.colours.unique(dim=0)) == GAUGES * (GAUGES - 1) // 2
+    assert len(problems.colours.unique(dim=0)) == 8 * 7 // 2
     assert torch.equal(problems.questions[:, [1, 3]], FIRST_COLOUR + problems.colours)
 
 
@@ -88,7 +88,7 @@ def test_a_demonstration_without_errors_earns_the_reward(others, relevance):
     assert responses.shape[1] == world.response_length
     assert (reward(responses, problems) == 1).all()
     assert measure(responses, problems)["grounded"] == 1.0
-    said = responses[:, 2 : 2 * GAUGES + 1 : 2]
+    said = responses[:, 2 : 2 * world.gauges + 1 : 2]
     asked = torch.zeros_like(said, dtype=torch.bool).scatter(1, problems.colours, value=True)
     others_said = said[~asked]
     if others == "words":
@@ -195,7 +195,7 @@ def test_readings_interfere_and_stray_words_do_not():
 def told(arm: str, rate: float, seed: int, conflict: float) -> dict:
     return {
         "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict,
-        "grounded": 1 - conflict, "reward": conflict / 2, "aligned": 0.9, "curve": [0.1, conflict],
+        "grounded": 1 - conflict, "reward": conflict / 2, "mixture": 0.5, "aligned": 0.9, "curve": [0.1, conflict],
         "steps_to_threshold": 100, "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
     }  # fmt: skip
 

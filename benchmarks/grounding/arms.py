@@ -23,10 +23,11 @@ from benchmarks.grounding.train import (
     Method,
     corrupted_images,
     new_log_probs,
+    other_perception,
     with_corrupted_image,
     with_other_perception,
 )
-from benchmarks.grounding.world import PAD, evidence
+from benchmarks.grounding.world import A_OPEN, PAD, ZERO, evidence
 from srpo_core import (
     LossOutput,
     Role,
@@ -79,6 +80,10 @@ class Scored(Weighted):
         image: What becomes of the image; None: perception scores are 0.
         perception: What becomes of the perception; None: reasoning scores are 0.
         score: Contrast of the sampled token, or the KL of the two full distributions.
+        answer: Whether the answer block is scored; else its tokens have weight 1.
+        spans: Into how many spans a perception is cut, whose tokens then share their mean image score; 0: none.
+        screened: Whether what follows the reasoning's copies of the perception is scored after other copies too: once
+            the reasoning has repeated the counts, replacing the perception alone changes nothing.
         use: Whether the image score of a perception token is multiplied by its use (``product``) or only shared out by
             it (``share``), by gradient attribution or, ``span_``, by leaving spans out.
         options: Of the weights (:func:`~srpo_core.shared_baseline_weights`).
@@ -87,11 +92,16 @@ class Scored(Weighted):
     image: CorruptionKind | None = "patch_mask"
     perception: CounterfactualKind | None = "swap"
     score: Literal["log_ratio", "full_kl"] = "log_ratio"
+    answer: bool = True
+    spans: int = 0
+    screened: bool = False
     use: Literal["none", "product", "share", "span_product", "span_share"] = "none"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
         roles, mask = batch.segmentation.roles, batch.mask
+        if not self.answer:
+            roles = torch.where((batch.token_ids == A_OPEN).cumsum(1) > 0, int(Role.OTHER), roles)
         visual = consistency = torch.zeros_like(batch.old_log_probs)
         if self.image is not None:
             if self.score == "full_kl":
@@ -102,7 +112,11 @@ class Scored(Weighted):
                 visual = visual_dependency(batch.old_log_probs, corrupted, roles, mask)
         if self.perception is not None:
             replaced = with_other_perception(model, batch, self.perception)
+            if self.screened:
+                replaced = torch.where(*with_other_copies(model, batch), replaced)
             consistency = perception_consistency(batch.old_log_probs, replaced, roles, mask)
+        if self.spans:
+            visual = mean_of_spans(visual, perception_spans(roles, mask, spans=self.spans))
         if self.use != "none":
             use = use_by_spans(model, batch) if self.use.startswith("span") else use_by_gradient(model, batch)
             visual = apply_use(visual, use, roles, mask, mode="share" if self.use.endswith("share") else "product")
@@ -123,10 +137,36 @@ class UseAlone(Weighted):
 
     def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
         use = use_by_spans(model, batch) if self.spans else use_by_gradient(model, batch)
-        perceived = batch.mask & (batch.segmentation.roles == int(Role.PERCEPTION))
-        weights = torch.where(perceived, use.clamp(1 / self.bound, self.bound), 1.0)
-        mean = (weights * perceived).sum(1, keepdim=True) / perceived.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(perceived & (mean > 0), weights / mean, 1.0) * batch.mask
+        return in_proportion(use, batch, self.bound)
+
+
+@dataclass(frozen=True)
+class RightAgainstWrong(Weighted):
+    """No other context at all: a perception token weighs what its group's advantage differs by between the responses
+    that say the same there and those that say something else. Dependence need not be correctness; this is."""
+
+    bound: float = 8.0
+
+    def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
+        ids, mask = batch.token_ids, batch.mask
+        mates = (batch.group_ids[:, None] == batch.group_ids)[:, :, None] & mask[:, None] & mask  # row, mate, time
+        same = ids[:, None] == ids
+        said, else_said = (
+            (side * batch.advantages[:, None]).sum(1) / side.sum(1).clamp(min=1)
+            for side in (mates & same, mates & ~same)
+        )
+        gap = torch.where((mates & ~same).any(1), (said - else_said).abs(), 0.0)
+        perceived = mask & (batch.segmentation.roles == int(Role.PERCEPTION))
+        mean = (gap * perceived).sum(1, keepdim=True) / perceived.sum(1, keepdim=True).clamp(min=1)
+        return in_proportion(torch.where(mean > 0, gap / mean, 1.0), batch, self.bound)
+
+
+def in_proportion(values: Tensor, batch: Batch, bound: float) -> Tensor:
+    """Return weights of the perception in proportion to values around 1, of mean one; every other token weighs 1."""
+    perceived = batch.mask & (batch.segmentation.roles == int(Role.PERCEPTION))
+    weights = torch.where(perceived, values.clamp(1 / bound, bound), 1.0)
+    mean = (weights * perceived).sum(1, keepdim=True) / perceived.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(perceived & (mean > 0), weights / mean, 1.0) * batch.mask
 
 
 @dataclass(frozen=True)
@@ -259,6 +299,36 @@ def use_by_spans(model: TinyVLM, batch: Batch, spans: int = 8) -> Tensor:
     return span_use(batch.old_log_probs, torch.stack(without), numbers, roles, mask)
 
 
+def mean_of_spans(scores: Tensor, spans: Tensor) -> Tensor:
+    """Return the mean score of the span (-1: none) that each token belongs to."""
+    number, inside = spans.clamp(min=0), (spans >= 0).to(scores.dtype)
+    width = int(spans.max()) + 1 if spans.numel() else 0
+    sums, counts = (
+        torch.zeros(len(scores), max(width, 1)).scatter_add(1, number, part) for part in (scores * inside, inside)
+    )
+    return torch.where(spans >= 0, (sums / counts.clamp(min=1)).gather(1, number), scores)
+
+
+@torch.no_grad()
+def with_other_copies(model: TinyVLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return which numbers follow the reasoning's copies of the two counts, and their log-prob, in nats, had all
+    numbers of the perception and both copies been those of the response that lends its perception."""
+    ids, roles = batch.token_ids, batch.segmentation.roles
+    numbers = batch.mask & (ids >= ZERO) & (ids < ZERO + 10)
+    reasoned = numbers & (roles == int(Role.REASONING))
+    replaced = numbers & ((roles == int(Role.PERCEPTION)) | (reasoned & (reasoned.cumsum(1) <= 2)))
+    donors = other_perception(batch, "swap").donors
+    # The n-th number of one response takes the place of the n-th of the other.
+    order = torch.where(replaced, replaced.cumsum(1) - 1, ids.shape[1])
+    listed = ids.new_zeros(len(ids), ids.shape[1] + 1).scatter(1, order, ids)[donors.clamp(min=0)]
+    alike = (donors >= 0) & (replaced.sum(1) == replaced.sum(1)[donors.clamp(min=0)])
+    swapped = torch.where(replaced & alike[:, None], listed.gather(1, order), ids)
+    problems = batch.problems
+    return reasoned & ~replaced & alike[:, None], token_log_probs(
+        model(problems.images, problems.questions, swapped), ids
+    )
+
+
 SHARP = {"bound": math.log(8.0)}  # weights may differ by more than the default's factor of 16
 
 ARMS: dict[str, Method] = {
@@ -269,6 +339,10 @@ ARMS: dict[str, Method] = {
     "srpo, reasoning only": Scored(image=None, options={"baseline": "per_role"}),
     "srpo, other image": Scored(image="other_image"),
     "srpo, full KL": Scored(image="other_image", score="full_kl"),
+    "srpo, shuffled patches": Scored(image="patch_shuffle"),
+    "srpo, answer apart": Scored(answer=False),
+    "srpo, screened": Scored(image="other_image", screened=True),
+    "srpo, span scores": Scored(image="other_image", score="full_kl", spans=8),
     "srpo, per-role baseline": Scored(options={"baseline": "per_role"}),
     "srpo, sign": Scored(options={"sign": "advantage"}),
     "srpo x use": Scored(image="other_image", score="full_kl", use="product", options=SHARP),
@@ -276,7 +350,11 @@ ARMS: dict[str, Method] = {
     "srpo x span use": Scored(image="other_image", score="full_kl", use="span_product", options=SHARP),
     "use": UseAlone(),
     "span use": UseAlone(spans=True),
+    "right against wrong": RightAgainstWrong(),
     "placebo": Placebo(UseAlone()),
+    "placebo of span use": Placebo(UseAlone(spans=True)),
+    "placebo of srpo": Placebo(Scored()),
+    "placebo of srpo x use": Placebo(Scored(image="other_image", score="full_kl", use="product", options=SHARP)),
     "oracle": Oracle(),
     "oracle, perception": Oracle(perception_only=True),
     "papo": PAPO(),

@@ -1,6 +1,6 @@
 """The readings world: a perception that also states what the question does not ask about.
 
-An image is a row of eight coloured gauges. The question names two of them, asks for their sum, and hints at a value for
+An image is a row of coloured gauges. The question names two of them, asks for their sum, and hints at a value for
 every gauge; hints are mostly wrong. A response reads the gauges one after the other, then adds the two that were asked
 for. The reward of the answer falls on every reading alike, so a right answer also teaches whatever was misread
 elsewhere: here the tokens that do not matter share the circuit of those that do.
@@ -32,9 +32,9 @@ from benchmarks.grounding.world import (
     World,
 )
 
-GAUGES = 8
 VALUES = 5  # a gauge shows 0 to 4
-NAMES = ("lamp", "clock", "valve", "meter", "dial", "tank", "pump", "motor")
+NAMES = ("lamp", "clock", "valve", "meter", "dial", "tank", "pump", "motor",
+         "fan", "fuse", "gear", "lens", "relay", "rotor", "sensor", "switch")  # fmt: skip
 HINTS = ("none", "low", "half", "high", "full")  # hint k suggests k
 GRAMMAR = ("add", "and", "?", "plus", "is")
 VOCABULARY = ("<pad>", "<eos>", *TAGS, *DIGITS, *NAMES, *HINTS, *GRAMMAR, *FILLER)
@@ -55,6 +55,7 @@ class Readings(World):
         others: What a demonstration says of the gauges that were not asked for: it reads them (``read``), repeats
             their hints whatever the image shows (``recited``), or puts a stray word (``words``, the null control:
             such words interfere with nothing).
+        gauges: How many there are, 7 to 16.
         relevance: Which two gauges are asked for: any, named in the question (``asked``), or always the third and the
             seventh (``fixed``).
         filler: Filler words in each of two places of the reasoning.
@@ -63,31 +64,35 @@ class Readings(World):
     """
 
     others: Others = "read"
+    gauges: int = 8
     relevance: Literal["asked", "fixed"] = "asked"
     filler: int = 2
     pixel_noise: float = 0.15
     shortcut_right: float = 0.2
 
     patch = SIDE
-    cells = GAUGES
     vocabulary = VOCABULARY
     first_filler = FIRST_FILLER
     splits: ClassVar[tuple[Split, ...]] = ("aligned", "conflict", "blind", "swapped", "low_contrast")
 
     @property
+    def cells(self) -> int:
+        return self.gauges
+
+    @property
     def response_length(self) -> int:
         """Tokens of a demonstration, end-of-sequence included."""
-        return 13 + 2 * GAUGES + 2 * self.filler
+        return 13 + 2 * self.gauges + 2 * self.filler
 
     def sample(self, n: int, split: Split, generator: Generator) -> Problems:
         """Return ``n`` problems of a split, or of the training mixture for ``"train"``."""
-        values = torch.randint(0, VALUES, (n, GAUGES), generator=generator)
-        wrong = (values + torch.randint(1, VALUES, (n, GAUGES), generator=generator)) % VALUES
+        values = torch.randint(0, VALUES, (n, self.gauges), generator=generator)
+        wrong = (values + torch.randint(1, VALUES, (n, self.gauges), generator=generator)) % VALUES
         right_share = {"train": self.shortcut_right, "aligned": 1.0, "swapped": 1.0}.get(split, 0.0)
-        hints = torch.where(torch.rand(n, GAUGES, generator=generator) < right_share, values, wrong)
+        hints = torch.where(torch.rand(n, self.gauges, generator=generator) < right_share, values, wrong)
         if split == "swapped":
-            values = torch.randint(0, VALUES, (n, GAUGES), generator=generator)
-        asked = torch.rand(n, GAUGES, generator=generator).argsort(1)[:, :2].sort(1).values
+            values = torch.randint(0, VALUES, (n, self.gauges), generator=generator)
+        asked = torch.rand(n, self.gauges, generator=generator).argsort(1)[:, :2].sort(1).values
         if self.relevance == "fixed":
             asked = torch.tensor([2, 6]).expand(n, 2)
         contrast = {"blind": 0.0, "low_contrast": 0.6}.get(split, 1.0)
@@ -138,7 +143,7 @@ class Readings(World):
             said = torch.where(asked, said, stray)
 
         n = len(stated)
-        labels = FIRST_COLOUR + torch.arange(GAUGES).expand(n, GAUGES)
+        labels = FIRST_COLOUR + torch.arange(self.gauges).expand(n, self.gauges)
         counts = stated.gather(1, problems.colours)
         one, two = (ZERO + counts).split(1, 1)
         result = ZERO + counts.sum(1, keepdim=True)

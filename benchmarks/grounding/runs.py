@@ -142,9 +142,11 @@ def run(job: Job, on_event: Listener) -> dict[str, Any]:
     conflict = before["rates"]["conflict"]
     curve: list[dict[str, float]] = [{"step": 0, "conflict": conflict["answer"], "grounded": conflict["grounded"]}]
     mean_weights_before = mean_weights(study, model, method)
-    rewards = []
+    rewards, aside = [], 0.0
 
     def tell(step: int, metrics: dict[str, float]) -> None:
+        nonlocal aside
+        since = time.process_time()
         rewards.append(metrics["reward"])
         reward = sum(rewards[-10:]) / len(rewards[-10:])
         event = {"who": name, "seed": seed, "step": step, "steps": steps, "reward": reward}
@@ -156,8 +158,11 @@ def run(job: Job, on_event: Listener) -> dict[str, Any]:
                 {"step": step, "reward": reward, "conflict": conflict["answer"], "grounded": conflict["grounded"]}
             )
         on_event(event)
+        aside += time.process_time() - since
 
+    since = time.process_time()
     train(model, study.world, method, study.train, seed=seed, on_step=tell)
+    step_seconds = (time.process_time() - since - aside) / steps
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".pt"))
     result = {
@@ -169,6 +174,7 @@ def run(job: Job, on_event: Listener) -> dict[str, Any]:
         "rates": {"before": before["rates"], "after": rates(study, model)},
         "curve": curve,
         "mean_weights": {"before": mean_weights_before, "after": mean_weights(study, model, method)},
+        "step_seconds": step_seconds,
         "cpu_seconds": time.process_time() - started,
     }
     return _keep(path, identity, result)

@@ -39,7 +39,7 @@ NUMBERS = {
 }
 EXPLORATION_SEEDS = range(6)  # 100 and up are for confirmation
 PRIMARY = "conflict"  # greedy accuracy where the shortcut is wrong, mean over training
-EVALUATION = 512  # problems a split; the learning curve takes half
+EVALUATION = 256  # problems a split in exploration; the learning curve takes half
 THRESHOLD = 0.6  # of the training reward, over ten steps
 
 
@@ -69,6 +69,10 @@ WORLDS = {
     "words": Setting(Readings(others="words", relevance="fixed"), TAUGHT),
     "ungrounded": Setting(Readings(relevance="fixed"), replace(TAUGHT, shortcut=0.85)),
     "clash": Setting(PriorClash(), WarmStartConfig(), TrainConfig(steps=100)),
+    "read, rare": Setting(Readings(relevance="fixed", gauges=16), TAUGHT),
+    "read, noisy": Setting(Readings(relevance="fixed", pixel_noise=0.25), TAUGHT),
+    "read, long": Setting(Readings(relevance="fixed", filler=8), TAUGHT),
+    "read, groups": Setting(Readings(relevance="fixed"), TAUGHT, replace(TRAIN, prompts=2, group_size=8)),
 }
 DESCRIPTIONS = {
     "read": "irrelevant readings, the same two gauges always asked for",
@@ -77,6 +81,10 @@ DESCRIPTIONS = {
     "words": "stray words (null control)",
     "ungrounded": "as read, from a policy that mostly repeats the hint",
     "clash": "prior clash: counting, filler words (null control)",
+    "read, rare": "as read, two readings of sixteen count",
+    "read, noisy": "as read, more pixel noise",
+    "read, long": "as read, 16 words of filler in the reasoning",
+    "read, groups": "as read, 2 prompts x 8 responses a step instead of 4 x 4",
 }
 # World -> arm -> the learning rate that did best in exploration.
 QUICK = {
@@ -150,6 +158,7 @@ def tell(world: str, result: Mapping[str, Any]) -> dict[str, Any]:
         "curve": [point["conflict"] for point in curve],
         "interference": result["interference"],
         "weights": result["mean_weights"],
+        "step_seconds": round(result["step_seconds"], 4),
         "cpu_seconds": round(result["cpu_seconds"], 1),
     }
 

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.world import EOS, PAD, TAG_IDS, Problems, World, read, reward
 from srpo_core import (
+    CounterfactualResponses,
     LossOutput,
     RoleAdvantages,
     Segmentation,
@@ -221,9 +222,16 @@ def with_other_perception(
     model: TinyVLM, batch: Batch, kind: CounterfactualKind = "swap"
 ) -> Float[Tensor, "batch time"]:
     """Return the log-prob of each response token, in nats, had the model perceived something else."""
+    other = other_perception(batch, kind)
+    visible = other.attention_mask if kind == "mask" else None  # else causality alone hides the padding
+    logits = model(batch.problems.images, batch.problems.questions, other.token_ids, visible)
+    return other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs)
+
+
+def other_perception(batch: Batch, kind: CounterfactualKind) -> CounterfactualResponses:
     # Filler makes every perception different; another one has to state other numbers.
     counts = read(batch.token_ids, batch.problems.colours).counts
-    other = counterfactual_responses(
+    return counterfactual_responses(
         batch.token_ids,
         batch.segmentation.roles,
         batch.mask,
@@ -233,9 +241,6 @@ def with_other_perception(
         boundary=batch.segmentation.boundary,
         pad_token_id=PAD,
     )
-    visible = other.attention_mask if kind == "mask" else None  # else causality alone hides the padding
-    logits = model(batch.problems.images, batch.problems.questions, other.token_ids, visible)
-    return other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs)
 
 
 def new_log_probs(model: TinyVLM, batch: Batch, rows: Tensor) -> Float[Tensor, "rows time"]:

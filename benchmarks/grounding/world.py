@@ -113,10 +113,14 @@ class World:
     shortcut_right: float
 
     patch: ClassVar[int]  # pixels along a side of a patch
-    cells: ClassVar[int]  # patches of an image
     vocabulary: ClassVar[tuple[str, ...]]
     first_filler: ClassVar[int]  # token id from which on words mean nothing
     splits: ClassVar[tuple[Split, ...]]
+
+    @property
+    def cells(self) -> int:
+        """Patches of an image."""
+        raise NotImplementedError
 
     @property
     def response_length(self) -> int:
@@ -156,10 +160,13 @@ class PriorClash(World):
     shortcut_right: float = 0.25
 
     patch = PATCH
-    cells = CELLS
     vocabulary = VOCABULARY
     first_filler = FIRST_FILLER
     splits = tuple(SPLITS)
+
+    @property
+    def cells(self) -> int:
+        return CELLS
 
     @property
     def response_length(self) -> int:
