@@ -44,7 +44,14 @@ from srpo_core.roles import (
     segment_roles,
 )
 from srpo_core.srpo import RoleAdvantages, SRPOConfig, srpo_advantages, srpo_loss
-from srpo_core.use import apply_use, perception_spans, perception_use, span_use
+from srpo_core.use import (
+    SpanCounterfactuals,
+    apply_use,
+    perception_spans,
+    perception_use,
+    span_counterfactuals,
+    span_use,
+)
 from srpo_core.weights import RoleScales, ScaleState, mix_schedule, role_scales, shared_baseline_weights
 
 __all__ = [
@@ -60,6 +67,7 @@ __all__ = [
     "SRPOConfig",
     "ScaleState",
     "Segmentation",
+    "SpanCounterfactuals",
     "aggregate",
     "apply_use",
     "cispo_surrogate",
@@ -89,6 +97,7 @@ __all__ = [
     "segment_responses",
     "segment_roles",
     "shared_baseline_weights",
+    "span_counterfactuals",
     "span_use",
     "srpo_advantages",
     "srpo_loss",

@@ -357,6 +357,8 @@ class SRPOConfig:
     seed: int = 0
     counterfactual: CounterfactualKind = "swap"
     counterfactual_image: Literal["kept", "corrupted"] = "kept"
+    # The use score, an extension of this project: span_counterfactuals
+    use_spans: int = 0
     # Advantages: group_advantages
     normalization: Normalization = "std"
     epsilon: float = 1e-4
@@ -365,6 +367,7 @@ class SRPOConfig:
     visual_score: Score = "log_ratio"
     consistency_score: Score = "log_ratio"
     score_clip: float = 5.0
+    use: Use = "product"
     baseline: Baseline = "token"
     weight_map: WeightMap = "exp_tanh"
     renormalization: Renormalization = "trajectory"
@@ -392,6 +395,12 @@ class SRPOConfig:
         for name, annotation in get_type_hints(type(self)).items():
             if get_origin(annotation) is Literal:
                 choose(name, getattr(self, name), dict.fromkeys(get_args(annotation)))
+        spans = self.use_spans
+        if not isinstance(spans, int) or isinstance(spans, bool) or spans < 0:
+            raise ValueError(
+                f"use_spans must be a whole number of at least 0, got {spans!r}; pass 0 for no use score, or the "
+                "number of spans, each of which is one more forward pass"
+            )
         # The functions know their ranges: an empty batch asks them.
         tokens, responses = torch.zeros(0, 0), torch.zeros(0)
         ids, mask = responses.long(), tokens.bool()
@@ -405,6 +414,14 @@ class SRPOConfig:
         _refuse_sequence_ratio(self.surrogate, self.strength, self.mix)
         normalizer = 1.0 if self.reduction == "constant" else None
         grpo_loss(tokens, tokens, tokens, mask, ref_log_probs=tokens, normalizer=normalizer, **self.loss_options())
+
+    @property
+    def use_passes(self) -> int:
+        """Forward passes that the use score takes in a trainer: `use_spans`, and none where every weight is 1 anyway.
+
+        That is at `strength` 0 and `mix` 0, where training is GRPO.
+        """
+        return self.use_spans if self.strength > 0.0 and self.mix > 0.0 else 0
 
     def advantage_options(self, *, step: int | None = None) -> dict[str, Any]:
         """Keyword arguments for :func:`srpo_advantages` and :func:`srpo_loss`, which takes no ``scale="ema_rms"``.

@@ -1,6 +1,7 @@
 """What the reasoning owes to each perception token, and how that enters the score. This project's extension."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,19 @@ from torch import Tensor
 
 from srpo_core._masked import at_least_float32, check_no_nan, check_roles, masked_mean
 from srpo_core.contrasts import contrast
+from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
 from srpo_core.roles import Role
 from srpo_core.typechecking import choose, typechecked
 
-__all__ = ["Use", "apply_use", "perception_spans", "perception_use", "span_use"]
+__all__ = [
+    "SpanCounterfactuals",
+    "Use",
+    "apply_use",
+    "perception_spans",
+    "perception_use",
+    "span_counterfactuals",
+    "span_use",
+]
 
 Use = Literal["product", "share"]
 
@@ -120,6 +130,123 @@ def perception_spans(
     return torch.where(perception, number, -1)
 
 
+class SpanCounterfactuals(NamedTuple):
+    """Responses without one span of their perception, ready to be scored once for each span.
+
+    Attributes:
+        spans: Number of the span, from 0, that each perception token belongs to; -1 at every other token.
+        responses: ``responses[k]`` is the batch without span ``k``; a response with fewer spans is there as it was.
+    """
+
+    spans: Int[Tensor, "batch time"]
+    responses: tuple[CounterfactualResponses, ...]
+
+    @typechecked
+    def use(
+        self,
+        log_probs: Sequence[Tensor],
+        original_log_probs: Float[Tensor, "batch time"],
+        roles: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        *,
+        clip: float = 5.0,
+    ) -> Float[Tensor, "batch time"]:
+        """How much the reasoning owes to the span of each perception token: :func:`span_use` of the scored responses.
+
+        Args:
+            log_probs: One tensor [batch, new_time] for each of ``responses``, nats: ``log_probs[k][b, t]`` scores
+                ``responses[k].token_ids[b, t]``.
+            original_log_probs: Of the original responses, nats, from the same code path.
+            roles: What each token does, :class:`~srpo_core.Role`.
+            mask: True at the tokens that are trained on; elsewhere the inputs may hold anything, even NaN.
+            clip: See :func:`span_use`.
+
+        Raises:
+            ValueError: If a pass is missing, one has another shape than its responses, or as :func:`span_use`.
+
+        Example:
+            >>> ids = torch.tensor([[1, 7, 8, 2, 8]])
+            >>> roles = torch.tensor([[0, 1, 1, 0, 2]])
+            >>> without = span_counterfactuals(ids, roles, ids > 0, spans=2)
+            >>> passes = [torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -1.0, -1.0, -4.0]])]
+            >>> without.use(passes, -torch.ones(1, 5), roles, ids > 0)
+            tensor([[0., 0., 2., 0., 0.]])
+        """
+        if len(log_probs) != len(self.responses):
+            raise ValueError(
+                f"log_probs holds {len(log_probs)} passes, and there are {len(self.responses)} spans to leave out: "
+                "score each of responses once, in order"
+            )
+        carried = [
+            responses.carry_back(scored, original_log_probs)
+            for responses, scored in zip(self.responses, log_probs, strict=True)
+        ]
+        return span_use(original_log_probs, torch.stack(carried), self.spans, roles, mask, clip=clip)
+
+
+@typechecked
+def span_counterfactuals(
+    token_ids: Int[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    spans: int = 4,
+    boundary: Bool[Tensor, "batch time"] | None = None,
+    pad_token_id: int = 0,
+) -> SpanCounterfactuals:
+    """Responses without each span of their perception in turn, to be scored by the policy for :func:`span_use`.
+
+    The spans are those of :func:`perception_spans`, and a span is dropped: its tokens are removed, tags and all else
+    stay. There are always `spans` batches, whatever the responses hold, so every rank runs the same number of passes::
+
+        without = span_counterfactuals(token_ids, roles, mask, boundary=boundary)
+        use = without.use([score(each.token_ids) for each in without.responses], log_probs, roles, mask)
+
+    Waits for the device, to learn the new lengths: meant to run once per rollout batch.
+
+    Args:
+        token_ids: Sampled tokens, right-padded.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at tokens the policy sampled. Padding may hold anything.
+        spans: At most how many, at least 1. Each is one more forward.
+        boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.Segmentation`; None: no token
+            straddles. They stay, so they are in no span, and their use is 1.
+        pad_token_id: Fills the new responses up.
+
+    Raises:
+        ValueError: If `spans` is less than 1.
+
+    Example:
+        >>> ids = torch.tensor([[1, 7, 8, 2, 8], [1, 9, 2, 8, 0]])
+        >>> roles = torch.tensor([[0, 1, 1, 0, 2], [0, 1, 0, 2, 0]])
+        >>> without = span_counterfactuals(ids, roles, ids > 0, spans=2)
+        >>> without.spans
+        tensor([[-1,  0,  1, -1, -1],
+                [-1,  0, -1, -1, -1]])
+        >>> without.responses[1].token_ids
+        tensor([[1, 7, 2, 8],
+                [1, 9, 2, 8]])
+
+    References:
+        None: an extension of this project, not part of SRPO (arXiv:2605.07274).
+    """
+    if boundary is not None:
+        roles = torch.where(boundary, int(Role.OTHER), roles)
+    numbers = perception_spans(roles, mask, spans=spans)
+    responses = [
+        # To the counterfactual, span k alone is perception.
+        counterfactual_responses(
+            token_ids,
+            torch.where(numbers == k, int(Role.PERCEPTION), int(Role.OTHER)),
+            mask,
+            kind="drop",
+            pad_token_id=pad_token_id,
+        )
+        for k in range(spans)
+    ]
+    return SpanCounterfactuals(numbers, tuple(responses))
+
+
 @typechecked
 def span_use(
     log_probs: Float[Tensor, "batch time"],
@@ -137,6 +264,7 @@ def span_use(
     .. math:: u_k = \sum_{r \in R} \operatorname{clip}\bigl(\log p_r - \log p_r^{\setminus k},\ 0,\ c\bigr), \qquad
         U_t = u_{k(t)} / \operatorname{mean}_P u
 
+    :func:`span_counterfactuals` makes the responses to score, and from their log-probs this. With spans of your own,
     ``without_log_probs[k]`` is what :func:`~srpo_core.counterfactual_responses` with ``kind="mask"`` or ``"drop"``
     makes of roles in which span :math:`k` alone is perception, scored and carried back::
 

@@ -378,7 +378,6 @@ def test_config_defaults_equal_the_functions_and_every_option_is_there():
         "ref_log_probs",
         "normalizer",
         "perception_use",
-        "use",  # read only with perception_use, which no adapter makes
     }
     for function in (srpo_advantages, srpo_loss, grpo_loss, group_advantages):
         options = {name: value for name, value in defaults(function).items() if name not in tensors}
@@ -429,11 +428,26 @@ def test_config_options_are_what_the_functions_take():
         ({"mix_warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"epsilon": -1.0}, "epsilon must be at least 0"),
         ({"corruption_strength": -1.0}, "strength"),
+        ({"use": "sum"}, "use must be one of 'product', 'share', got 'sum'"),
+        ({"use_spans": -1}, "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
+        ({"use_spans": 2.5}, "use_spans must be a whole number of at least 0, got 2.5"),
+        ({"use_spans": "4"}, "use_spans must be a whole number of at least 0, got '4'"),
+        ({"use_spans": True}, "use_spans must be a whole number of at least 0, got True"),
     ],
 )
 def test_config_refuses_what_the_functions_would_refuse(change, message):
     with pytest.raises(ValueError, match=message):
         SRPOConfig(**change)
+
+
+def test_config_says_how_many_passes_the_use_score_takes():
+    assert SRPOConfig().use_passes == 0
+    assert SRPOConfig(use_spans=3).use_passes == 3
+    # GRPO, whatever the scores: a baseline run does not pay for them.
+    assert SRPOConfig(use_spans=3, strength=0.0).use_passes == 0
+    assert SRPOConfig(use_spans=3, mix=0.0).use_passes == 0
+    assert "use_spans" not in SRPOConfig(use_spans=3).advantage_options()
+    assert SRPOConfig(use="share").advantage_options()["use"] == "share"
 
 
 @pytest.mark.parametrize("reduction", ["constant", "sum", "sequence_mean"])

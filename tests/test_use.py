@@ -16,6 +16,7 @@ from srpo_core import (
     counterfactual_responses,
     perception_spans,
     perception_use,
+    span_counterfactuals,
     span_use,
 )
 
@@ -253,10 +254,77 @@ def test_spans_left_out_by_counterfactual_responses(kind):
         scored = count_copies(without.token_ids, without.attention_mask)
         without_log_probs[k] = without.carry_back(scored, log_probs)
     use = span_use(log_probs, without_log_probs, spans, roles, mask)
+    if kind == "drop":  # which is one call
+        left_out = span_counterfactuals(ids, roles, mask)
+        passes = [count_copies(each.token_ids, each.attention_mask) for each in left_out.responses]
+        assert torch.equal(left_out.use(passes, log_probs, roles, mask), use)
     assert use[0].tolist() == [0, 0, 4, 0, 0, 0, 0, 0, 0]
     assert 1.0 < use[1, 2] < 2.0  # said twice
     close(use[1, 1] + use[1, 2], 2.0)
     assert use[2].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0]  # no reasoning
+
+
+@given(batches(max_time=16), st.integers(1, 5), st.booleans())
+def test_left_out_spans_equal_the_reference(batch, count, has_boundary):
+    """Each pass is the tokens without one span, in their order, whatever tokens they are."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, batch.mask.shape, generator=g)
+    straddles = (torch.rand(batch.mask.shape, generator=g) < 0.3) if has_boundary else torch.zeros_like(batch.mask)
+    without = span_counterfactuals(
+        ids, batch.roles, batch.mask, spans=count, boundary=straddles if has_boundary else None, pad_token_id=99
+    )
+    inside = torch.where(straddles, N, batch.roles)
+    assert without.spans.tolist() == reference.spans(inside.tolist(), batch.mask.tolist(), count)
+    assert len(without.responses) == count
+    for k, responses in enumerate(without.responses):
+        for row in range(len(ids)):
+            end = max(batch.mask[row].nonzero().flatten().tolist(), default=-1) + 1
+            kept = [t for t in range(end) if without.spans[row, t] != k]
+            assert responses.token_ids[row][responses.attention_mask[row]].tolist() == ids[row, kept].tolist()
+            assert (responses.token_ids[row][~responses.attention_mask[row]] == 99).all()
+            assert responses.positions[row, kept].tolist() == list(range(len(kept)))
+
+
+@given(batches(), st.integers(1, 4), st.sampled_from([0.5, 5.0]))
+def test_use_of_left_out_spans_is_span_use_of_what_is_carried_back(batch, count, clip):
+    g = torch.Generator().manual_seed(0)
+    without = span_counterfactuals(torch.ones_like(batch.roles), batch.roles, batch.mask, spans=count)
+    old = batch.old_log_probs
+    passes = [-3 * torch.rand(each.token_ids.shape, generator=g, dtype=old.dtype) for each in without.responses]
+    carried = old.repeat(count, 1, 1)
+    for k, each in enumerate(without.responses):
+        for row in range(len(old)):
+            removed = (without.spans[row] == k).nonzero().flatten().tolist()
+            for time in range(min(removed, default=old.shape[1]), old.shape[1]):
+                if each.positions[row, time] >= 0:
+                    carried[k, row, time] = passes[k][row, each.positions[row, time]]
+    expected = reference.span_use(
+        *(tensor.tolist() for tensor in (old, carried, without.spans, batch.roles, batch.mask)), clip=clip
+    )
+    close(without.use(passes, old, batch.roles, batch.mask, clip=clip), expected)
+
+
+def test_a_token_that_straddles_a_tag_stays_and_its_use_is_one():
+    ids, roles = torch.tensor([[1, 5, 7, 2, 7]]), torch.tensor([[N, P, P, N, R]])
+    straddles = torch.tensor([[False, True, False, False, False]])
+    mask = ids > 0
+    without = span_counterfactuals(ids, roles, mask, spans=2, boundary=straddles)
+    assert [each.token_ids.tolist() for each in without.responses] == [[[1, 5, 2, 7]], ids.tolist()]
+    passes = [count_copies(each.token_ids, each.attention_mask) for each in without.responses]
+    assert without.use(passes, count_copies(ids, mask), roles, mask).tolist() == [[0, 1, 1, 0, 0]]
+
+
+def test_span_counterfactuals_name_what_is_wrong():
+    ids, roles, mask = torch.tensor([[5, 5]]), torch.tensor([[P, R]]), torch.ones(1, 2).bool()
+    with pytest.raises(ValueError, match="spans must be at least 1, got 0"):
+        span_counterfactuals(ids, roles, mask, spans=0)
+    without, zeros = span_counterfactuals(ids, roles, mask, spans=2), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="log_probs holds 1 passes, and there are 2 spans to leave out: score each"):
+        without.use([zeros[:, 1:]], zeros, roles, mask)
+    with pytest.raises(ValueError, match=r"log_probs must have shape \(1, 1\), got \(1, 2\)"):
+        without.use([zeros, zeros], zeros, roles, mask)
+    with pytest.raises(ValueError, match="clip must be above 0 nats, got 0"):
+        without.use([zeros[:, 1:], zeros], zeros, roles, mask, clip=0.0)
 
 
 def test_span_use_names_what_is_wrong():
@@ -332,5 +400,8 @@ def test_an_empty_batch_is_empty(shape):
     assert perception_use(embeddings.sum(2), embeddings, roles, mask).shape == shape
     assert perception_spans(roles, mask).shape == shape
     assert span_use(empty, torch.zeros(4, *shape), roles, roles, mask).shape == shape
+    without = span_counterfactuals(roles, roles, mask)
+    passes = [torch.zeros(each.token_ids.shape) for each in without.responses]
+    assert without.use(passes, empty, roles, mask).shape == shape
     for mode in MODES:
         assert apply_use(empty, empty, roles, mask, mode=mode).shape == shape
