@@ -10,14 +10,29 @@ from torch import Generator
 from typer.testing import CliRunner
 
 from benchmarks.grounding import study
-from benchmarks.grounding.arms import ARMS, Oracle, Placebo, Scored, UseAlone, interference_of
-from benchmarks.grounding.model import TinyVLM
+from benchmarks.grounding.arms import (
+    ARMS,
+    Oracle,
+    Placebo,
+    RightAgainstWrong,
+    Scored,
+    UseAlone,
+    interference_of,
+    mean_of_spans,
+    with_other_copies,
+)
+from benchmarks.grounding.comparison import best_rates, compare, interval, verdict
+from benchmarks.grounding.model import Rollouts, TinyVLM
 from benchmarks.grounding.readings import FIRST_FILLER, PATTERNS, VALUES, Readings
-from benchmarks.grounding.study import Setting, app, best_rates, compare, interval
-from benchmarks.grounding.train import TrainConfig, roll_out, train
+from benchmarks.grounding.runs import follows
+from benchmarks.grounding.study import Setting, app
+from benchmarks.grounding.train import TrainConfig, other_perception, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
 from benchmarks.grounding.world import (
+    A_OPEN,
     FIRST_COLOUR,
+    P_CLOSE,
+    P_OPEN,
     ZERO,
     PriorClash,
     evidence,
@@ -28,6 +43,7 @@ from benchmarks.grounding.world import (
 from srpo_core import Role
 
 WORLD = Readings(relevance="fixed", filler=1)
+GAUGED = WORLD.gauges
 BRIEF = WarmStartConfig(
     misread=0.1,
     shortcut=0.5,
@@ -119,6 +135,34 @@ def test_evidence_is_what_was_asked_for_and_all_numbers_after_it(world):
         assert found.tolist() == expected
 
 
+class Scribe:
+    """Perceives zeros, then adds up whatever its prompt says it perceived; or answers 0."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, adds: bool):
+        self.adds = adds
+
+    def generate(self, images, questions, *, max_tokens):
+        said = torch.full((len(questions), GAUGED), 0)
+        written = questions.shape[1] > GAUGED + 10  # a perception stands in the prompt
+        if written:
+            said = questions[:, -2 * GAUGED : -1 : 2] - ZERO
+        counts = said[:, [2, 6]] if self.adds else 0 * said[:, [2, 6]]
+        problems = WORLD.sample(len(questions), "aligned", seeded())
+        readings = said.clone().index_copy(1, torch.tensor([2, 6]), counts)
+        problems = replace(problems, readings=readings, counts=counts)
+        words = WORLD.demonstrate(problems, seeded(), misread=0.0, shortcut=0.0)
+        token_ids = words[:, 2 * GAUGED + 2 :] if written else words
+        return Rollouts(token_ids, token_ids > 0, torch.zeros(token_ids.shape))
+
+
+@pytest.mark.parametrize(("adds", "share"), [(True, 1.0), (False, 0.0)])
+def test_the_probe_tells_answers_that_follow_the_perception(adds, share):
+    # Overwritten counts sum to 0 in no case: each differs from the zero that was perceived.
+    assert follows(Scribe(adds), WORLD, n=50, seed=0) == share
+
+
 # ----------------------------------------------------------------------------------------------------------------- arms
 
 
@@ -144,6 +188,56 @@ def test_every_other_arm_trains_and_is_not_grpo(writer, after_grpo, name):
     found = parameters_after(writer, ARMS[name])
     assert all(parameter.isfinite().all() for parameter in found)
     assert any(not torch.equal(a, b) for a, b in zip(found, after_grpo, strict=True))
+
+
+def test_scores_of_a_span_are_shared():
+    scores = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 4.0, 6.0, 8.0]])
+    spans = torch.tensor([[0, 0, -1, 1], [-1, -1, -1, -1]])
+    expected = torch.tensor([[2.0, 2.0, 5.0, 7.0], [2.0, 4.0, 6.0, 8.0]])
+    torch.testing.assert_close(mean_of_spans(scores, spans), expected)
+
+
+def test_what_follows_a_copy_is_scored_after_another_copy(writer, batch):
+    chosen, log_probs = with_other_copies(writer, batch)
+    donors = other_perception(batch, "swap").donors.tolist()
+    checked = 0
+    for row, donor in enumerate(donors):
+        words, other = (batch.token_ids[place].tolist() for place in (row, donor))
+        places, theirs = (
+            [place for place, word in enumerate(line) if ZERO <= word < ZERO + 10] for line in (words, other)
+        )
+        if donor < 0 or len(places) != GAUGED + 4 or len(theirs) != GAUGED + 4:
+            continue
+        # The readings and both copies are the donor's; the sum and the answer are scored, and are still the row's own.
+        for mine, its in zip(places[: GAUGED + 2], theirs, strict=False):
+            words[mine] = other[its]
+        assert chosen[row].nonzero()[:, 0].tolist() == places[GAUGED + 2 :]
+        problems = batch.problems.rows(torch.tensor([row]))
+        logits = writer(problems.images, problems.questions, torch.tensor([words])).log_softmax(-1)
+        for place in places[GAUGED + 2 :]:
+            torch.testing.assert_close(log_probs[row, place], logits[0, place, batch.token_ids[row, place]])
+        checked += 1
+    assert checked > 5
+
+
+def test_right_against_wrong_lifts_what_only_right_responses_say(batch):
+    ids = torch.tensor([[P_OPEN, ZERO + 3, ZERO + 1, P_CLOSE]] * 2 + [[P_OPEN, ZERO + 2, ZERO + 1, P_CLOSE]] * 2)
+    roles = torch.tensor([[0, 1, 1, 0]] * 4)
+    segmentation = batch.segmentation._replace(roles=roles)
+    made_up = batch._replace(
+        token_ids=ids, mask=torch.ones(4, 4).bool(), segmentation=segmentation, group_ids=torch.zeros(4).long(),
+        advantages=torch.tensor([1.0, 1.0, -1.0, -1.0]),
+    )  # fmt: skip
+    weights = RightAgainstWrong().weights(None, made_up)
+    # All of the gap is at the first reading: 2 against a mean of 1, and 1/8 for the other; then mean one.
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 2 / 1.0625, 0.125 / 1.0625, 1.0]] * 4))
+
+
+def test_an_answer_apart_weighs_one(writer, batch):
+    weights = Scored(answer=False).weights(writer, batch)
+    after = (batch.token_ids == A_OPEN).cumsum(1) > 0
+    assert (weights[after & batch.mask] == 1).all()
+    assert not (Scored().weights(writer, batch)[after & batch.mask] == 1).all()
 
 
 def test_a_placebo_has_the_same_weights_elsewhere(writer, batch):
@@ -192,11 +286,12 @@ def test_readings_interfere_and_stray_words_do_not():
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def told(arm: str, rate: float, seed: int, conflict: float) -> dict:
+def told(arm: str, rate: float, seed: int, conflict: float, mixture: float = 0.5) -> dict:
     return {
         "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict,
-        "grounded": 1 - conflict, "reward": conflict / 2, "mixture": 0.5, "aligned": 0.9, "curve": [0.1, conflict],
-        "steps_to_threshold": 100, "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
+        "grounded": 1 - conflict, "reward": conflict / 2, "mixture": mixture, "aligned": 0.9, "follows": 0.8,
+        "steps": [0, 10], "curve": [0.1, conflict], "steps_to_threshold": 100, "step_seconds": 0.1,
+        "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
     }  # fmt: skip
 
 
@@ -212,6 +307,27 @@ def test_each_arm_is_compared_at_its_own_best_rate_seed_by_seed():
     assert use["against grpo"]["conflict"] == pytest.approx((0.1, 0.1, 0.1))
     assert "against grpo" not in grpo
     assert "against placebo" not in use
+
+
+@pytest.mark.parametrize(
+    ("use", "placebo", "mixture", "expected"),
+    [
+        (0.6, 0.5, 0.5, "gain"),
+        (0.6, 0.6, 0.5, "no gain: placebo alike"),
+        (0.6, 0.5, 0.48, "no gain: guard broken"),
+        (0.5, 0.4, 0.5, "no gain"),
+        (0.4, 0.3, 0.5, "worse than GRPO"),
+        (0.6, None, 0.5, "above GRPO; no placebo"),
+    ],
+)
+def test_a_gain_needs_grpo_and_the_placebo_beaten_and_the_guard_held(use, placebo, mixture, expected):
+    runs = [told("grpo", 1.0, seed, 0.5) for seed in range(3)]
+    runs += [told("use", 1.0, seed, use, mixture) for seed in range(3)]
+    if placebo is not None:
+        runs += [told("placebo of use", 1.0, seed, placebo) for seed in range(3)]
+    rows = {row["arm"]: row for row in compare(runs)}
+    assert verdict(rows["use"]) == expected
+    assert verdict(rows["grpo"]) == ""
 
 
 def test_an_interval_covers_as_often_as_it_says():

@@ -351,7 +351,7 @@ ARMS: dict[str, Method] = {
     "use": UseAlone(),
     "span use": UseAlone(spans=True),
     "right against wrong": RightAgainstWrong(),
-    "placebo": Placebo(UseAlone()),
+    "placebo of use": Placebo(UseAlone()),
     "placebo of span use": Placebo(UseAlone(spans=True)),
     "placebo of srpo": Placebo(Scored()),
     "placebo of srpo x use": Placebo(Scored(image="other_image", score="full_kl", use="product", options=SHARP)),

@@ -81,6 +81,7 @@ def thinking_table(summary: Mapping[str, Any]) -> Table:
         "bad_thinking": "bad thinking (perception right, answer wrong)",
         "both_wrong": "both wrong",
         "bias": "answers that follow the shortcut",
+        "follows": "answers that follow counts overwritten in the perception",
     }
     rates = summary["rates"]
     table = Table(title="Conflict, by perception and answer", title_justify="left")

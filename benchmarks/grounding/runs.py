@@ -19,7 +19,7 @@ from benchmarks.grounding.arms import Oracle, Weighted, interference_of
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.train import SRPO, Batch, Method, TrainConfig, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, new_model, warm_start
-from benchmarks.grounding.world import ZERO, PriorClash, Split, World, evidence
+from benchmarks.grounding.world import FIRST_COLOUR, MAX_COUNT, P_CLOSE, ZERO, PriorClash, Split, World, evidence, read
 from srpo_core import Role
 
 HELD_OUT = 1_000_000  # seeds from here on are for evaluation: training seeds are small
@@ -189,7 +189,36 @@ def result_path(job: Job) -> Path:
 def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
     """Return the exact rates on the training mixture and on each split, on the same problems for every model."""
     splits: tuple[Split, ...] = ("train", *study.world.splits)
-    return {split: evaluate(model, study.world, split, n=study.evaluation_size, seed=HELD_OUT) for split in splits}
+    size = study.evaluation_size
+    rates = {split: evaluate(model, study.world, split, n=size, seed=HELD_OUT) for split in splits}
+    rates["conflict"]["follows"] = follows(model, study.world, n=size, seed=HELD_OUT)
+    return rates
+
+
+def follows(model: TinyVLM, world: World, *, n: int, seed: int) -> float:
+    """Return the share of conflicts whose answer is the sum of the two counts that a hand wrote into the perception.
+
+    A causal probe: the model continues from its own perception, in which other counts stand for those asked for.
+    """
+    generator = Generator().manual_seed(seed)
+    problems = world.sample(n, "conflict", generator).to(model.device)
+    token_ids = model.generate(problems.images, problems.questions, max_tokens=world.response_length + 2).token_ids
+    stated = read(token_ids, problems.colours).counts
+    close = (token_ids == P_CLOSE).int().argmax(1)
+    # One length for all: responses that perceive at greater or less length than most are left out, as are bad ones.
+    rows = ((close == close.mode().values) & (close > 0) & (stated >= 0).all(1)).nonzero()[:, 0]
+    if len(rows) == 0:
+        return 0.0
+    problems, token_ids, stated = problems.rows(rows), token_ids[rows, : close[rows[0]] + 1], stated[rows]
+    shift = torch.randint(1, MAX_COUNT + 1, stated.shape, generator=generator).to(model.device)
+    written = (stated + shift) % (MAX_COUNT + 1)
+    for place, label in enumerate(problems.colours.unbind(1)):
+        at = (token_ids == FIRST_COLOUR + label[:, None]).int().argmax(1, keepdim=True) + 1
+        token_ids = token_ids.scatter(1, at, ZERO + written[:, place : place + 1])
+    prompts = torch.cat([problems.questions, token_ids], 1)
+    rest = model.generate(problems.images, prompts, max_tokens=world.response_length + 2 - token_ids.shape[1])
+    answers = read(torch.cat([token_ids, rest.token_ids], 1), problems.colours).answer
+    return (answers == written.sum(1)).double().mean().item()
 
 
 def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:

@@ -2,25 +2,23 @@
 
     python -m benchmarks.grounding.study quick       # under ten minutes on two cores
     python -m benchmarks.grounding.study explore     # learning-rate grids, on exploration seeds
+    python -m benchmarks.grounding.study confirm     # what plan.md fixed before it was run, on fresh seeds
 Runs go to runs/study and are found there again: a command that was stopped goes on where it was. Results are written to
 benchmarks/grounding/results/, tables to the terminal and beside them.
 """
 
 import json
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from benchmarks.grounding.arms import ARMS
+from benchmarks.grounding.comparison import report, tell
 from benchmarks.grounding.readings import Readings
 from benchmarks.grounding.runs import Event, Job, Study, run_jobs
 from benchmarks.grounding.train import TrainConfig
@@ -30,17 +28,9 @@ from benchmarks.grounding.world import PriorClash, World
 RESULTS = Path(__file__).parent / "results"
 TRAIN = TrainConfig(steps=100, prompts=4, group_size=4, updates=1)
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-NUMBERS = {
-    "conflict": "conflict, mean over training",
-    "reward": "training reward",
-    "grounded": "of it with a true perception",
-    "mixture": "training mixture at the end",
-    "aligned": "aligned at the end",
-}
-EXPLORATION_SEEDS = range(6)  # 100 and up are for confirmation
-PRIMARY = "conflict"  # greedy accuracy where the shortcut is wrong, mean over training
-EVALUATION = 256  # problems a split in exploration; the learning curve takes half
-THRESHOLD = 0.6  # of the training reward, over ten steps
+EXPLORATION_SEEDS = range(6)
+CONFIRMATION_SEEDS = range(100, 116)
+EVALUATION, CONFIRMATION_EVALUATION = 256, 512  # problems a split; the learning curve takes half
 
 
 @dataclass(frozen=True)
@@ -86,40 +76,44 @@ DESCRIPTIONS = {
     "read, long": "as read, 16 words of filler in the reasoning",
     "read, groups": "as read, 2 prompts x 8 responses a step instead of 4 x 4",
 }
-# World -> arm -> the learning rate that did best in exploration.
-QUICK = {
-    "read": {"grpo": 5e-4, "strength 0": 5e-4, "srpo": 5e-4, "use": 1e-3, "placebo": 1e-3, "oracle, perception": 1e-3},
+# World -> arm -> its learning rate: the best of the grid in exploration, fixed before the confirmation (plan.md).
+CONFIRMATION: dict[str, dict[str, float]] = {
+    "read": {
+        "grpo": 5e-4,
+        "strength 0": 5e-4,
+        "srpo": 5e-4,
+        "use": 1e-3,
+        "placebo of use": 1e-3,
+        "oracle, perception": 1e-3,
+    },
     "words": {
         "grpo": 5e-4,
         "strength 0": 5e-4,
         "srpo": 2.5e-4,
         "use": 5e-4,
-        "placebo": 5e-4,
+        "placebo of use": 5e-4,
         "oracle, perception": 5e-4,
     },
 }
+QUICK_WORLDS = ("read", "words")
+QUICK_ARMS = ("grpo", "strength 0", "srpo", "use", "placebo of use", "oracle, perception")
+DRAWN = ("grpo", "srpo", "use", "srpo x use", "placebo of use", "oracle, perception")
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 
-def study_of(setting: Setting, out: Path, learning_rate: float) -> Study:
-    return Study(
-        out,
-        setting.world,
-        setting.warm_start,
-        replace(setting.train, learning_rate=learning_rate),
-        evaluation_size=EVALUATION,
-        evaluate_every=10,
-    )
+def study_of(setting: Setting, out: Path, learning_rate: float, evaluation_size: int) -> Study:
+    train = replace(setting.train, learning_rate=learning_rate)
+    return Study(out, setting.world, setting.warm_start, train, evaluation_size=evaluation_size, evaluate_every=10)
 
 
 def run_settings(
-    settings: Sequence[tuple[str, str, float]], seeds: Sequence[int], *, out: Path, workers: int
+    settings: Sequence[tuple[str, str, float]], seeds: Sequence[int], *, evaluation_size: int, out: Path, workers: int
 ) -> list[dict[str, Any]]:
     """Return what is to be told of each run of (world, arm, learning rate) and seed."""
     jobs = [
-        Job(study_of(WORLDS[world], out / world.replace(", ", "-"), rate), arm, ARMS[arm], seed)
+        Job(study_of(WORLDS[world], out / world.replace(", ", "-"), rate, evaluation_size), arm, ARMS[arm], seed)
         for world, arm, rate in settings
         for seed in seeds
     ]
@@ -136,131 +130,15 @@ def run_settings(
     return [tell(place, result) for place, result in zip(places, results, strict=True)]
 
 
-def tell(world: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of one run that the tables are made of."""
-    curve, after = result["curve"], result["rates"]["after"]
-    smooth = np.convolve(result["rewards"], np.ones(10) / 10, mode="valid")
-    reached = np.flatnonzero(smooth >= THRESHOLD)
-    return {
-        "world": world,
-        "arm": result["method"],
-        "learning_rate": result["learning_rate"],
-        "seed": result["seed"],
-        "conflict": float(np.mean([point["conflict"] for point in curve[1:]])),
-        "grounded": float(np.mean([point["grounded"] for point in curve[1:]])),
-        "final": {split: after[split]["answer"] for split in after},
-        "final_rates": after["conflict"],
-        "before": {split: rate["answer"] for split, rate in result["rates"]["before"].items()},
-        "reward": float(np.mean(result["rewards"])),
-        "mixture": after["train"]["answer"],
-        "aligned": after["aligned"]["answer"],
-        "steps_to_threshold": int(reached[0]) + 10 if len(reached) else len(result["rewards"]),
-        "curve": [point["conflict"] for point in curve],
-        "interference": result["interference"],
-        "weights": result["mean_weights"],
-        "step_seconds": round(result["step_seconds"], 4),
-        "cpu_seconds": round(result["cpu_seconds"], 1),
-    }
-
-
-def best_rates(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """Return the learning rate of the highest primary number, for each world and arm."""
-    means: dict[tuple[str, str], dict[float, float]] = {}
-    for run in runs:
-        key = run["world"], run["arm"]
-        same = [r[PRIMARY] for r in runs if (r["world"], r["arm"], r["learning_rate"]) == (*key, run["learning_rate"])]
-        means.setdefault(key, {})[run["learning_rate"]] = float(np.mean(same))
-    return {key: max(rates, key=lambda rate: rates[rate]) for key, rates in means.items()}
-
-
-def interval(differences: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % interval of a mean by resampling the pairs."""
-    values = np.asarray(differences)
-    rows = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each world and arm at its best learning rate, against GRPO and the placebo at theirs."""
-    best = best_rates(runs)
-    by_seed: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {key: {} for key in best}
-    for run in runs:
-        if run["learning_rate"] == best[run["world"], run["arm"]]:
-            by_seed[run["world"], run["arm"]][run["seed"]] = run
-    rows = []
-    for (world, arm), mine in by_seed.items():
-        row: dict[str, Any] = {
-            "world": world,
-            "arm": arm,
-            "learning_rate": best[world, arm],
-            "seeds": len(mine),
-            "steps_to_threshold": float(np.median([run["steps_to_threshold"] for run in mine.values()])),
-            "weights": [_mean_of(kind, mine.values()) for kind in ("asked", "not asked")],
-        }
-        row |= {number: float(np.mean([run[number] for run in mine.values()])) for number in NUMBERS}
-        for rival in ("grpo", "placebo"):
-            theirs = by_seed.get((world, rival), {})
-            seeds = sorted(mine.keys() & theirs.keys())
-            if arm != rival and len(seeds) > 1:
-                differences = {n: [mine[seed][n] - theirs[seed][n] for seed in seeds] for n in NUMBERS}
-                row[f"against {rival}"] = {n: (float(np.mean(d)), *interval(d)) for n, d in differences.items()}
-        rows.append(row)
-    return rows
-
-
-def _mean_of(kind: str, runs: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return the mean weight of a kind of token at the warm start, where the arm and the world have one."""
-    weights = [run["weights"]["before"].get(kind) for run in runs]
-    return None if None in weights else float(np.mean(weights))
-
-
-def table_of(world: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells of one world's table, best arm first."""
-    cells = [
-        ["arm", "rate", "seeds", "conflict", *(f"{title}: against GRPO (95 %)" for title in NUMBERS.values()),
-         "conflict: against the placebo", f"steps to {THRESHOLD}", "weight asked / not"]
-    ]  # fmt: skip
-    for row in sorted(rows, key=lambda row: -row[PRIMARY]):
-        if row["world"] == world:
-            against = [row.get("against grpo", {}).get(number) for number in NUMBERS]
-            against.append(row.get("against placebo", {}).get(PRIMARY))
-            cells.append(
-                [row["arm"], f"{row['learning_rate']:g}", str(row["seeds"]), f"{row[PRIMARY]:.3f}"]
-                + ["" if x is None else f"{x[0]:+.3f} ({x[1]:+.3f}, {x[2]:+.3f})" for x in against]
-                + [f"{row['steps_to_threshold']:.0f}"]
-                + [" / ".join("-" if weight is None else f"{weight:.2f}" for weight in row["weights"])]
-            )
-    return cells
-
-
-def report(name: str, runs: Sequence[Mapping[str, Any]], results: Path) -> None:
-    """Print the tables, and write them and the runs to `results`."""
-    rows, parts = compare(runs), []
-    for world in dict.fromkeys(run["world"] for run in runs):
-        cells = table_of(world, rows)
-        felt = float(np.mean([run["interference"] for run in runs if run["world"] == world]))
-        title = f"{world}: {DESCRIPTIONS[world]}; interference {felt:.2g}"
-        table = Table(title=title, title_justify="left")
-        shown = [0, 1, 3, 4, 9, 10]  # what a terminal has room for
-        for index in shown:
-            table.add_column(cells[0][index], justify="right" if index else "left", no_wrap=index == 0)
-        for line in cells[1:]:
-            table.add_row(*(line[index] for index in shown), style="bold" if line[0] == "grpo" else None)
-        console.print(table)
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
-        parts.append(f"### {title}\n\n" + "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]))
-    results.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    (results / f"{name}.json").write_text(json.dumps({"versions": versions, "rows": rows, "runs": list(runs)}) + "\n")
-    (results / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    console.print(f"Every number: {results / name}.md and .json")
+Workers = Annotated[int, typer.Option(min=1, help="Processes side by side, one thread each.")]
+Out = Annotated[Path, typer.Option(help="Where the runs go.")]
+Results = Annotated[Path, typer.Option(help="Where the tables go.")]
 
 
 @app.command()
-def tables(name: Annotated[str, typer.Argument(help="Of the results.")], results: Path = RESULTS) -> None:
+def tables(name: Annotated[str, typer.Argument(help="Of the results.")], results: Results = RESULTS) -> None:
     """Print the tables of results that are there."""
-    report(name, json.loads((results / f"{name}.json").read_text())["runs"], results)
+    tell_all(name, json.loads((results / f"{name}.json").read_text())["runs"], results)
 
 
 @app.command()
@@ -268,28 +146,43 @@ def explore(
     worlds: Annotated[str, typer.Option(help=f"Separated by ';', of {'; '.join(WORLDS)}; or all.")] = "all",
     arms: Annotated[str, typer.Option(help=f"Separated by ';', of {'; '.join(ARMS)}; or all.")] = "all",
     rates: Annotated[str, typer.Option(help="Learning rates, comma-separated.")] = ",".join(map(str, LEARNING_RATES)),
-    seeds: Annotated[int, typer.Option(min=1, help="How many of the exploration seeds.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="How many of the exploration seeds.")] = 3,
     name: Annotated[str, typer.Option(help="Of the results.")] = "exploration",
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side, one thread each.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/study"),
-    results: Annotated[Path, typer.Option(help="Where the tables go.")] = RESULTS,
+    workers: Workers = 2,
+    out: Out = Path("runs/study"),
+    results: Results = RESULTS,
 ) -> None:
     """Run a grid of worlds, arms and learning rates on exploration seeds."""
     chosen_worlds, chosen_arms = _choose("--worlds", worlds, list(WORLDS)), _choose("--arms", arms, list(ARMS))
     grid = [(world, arm, float(rate)) for world in chosen_worlds for arm in chosen_arms for rate in rates.split(",")]
-    report(name, run_settings(grid, EXPLORATION_SEEDS[:seeds], out=out, workers=workers), results)
+    runs = run_settings(grid, EXPLORATION_SEEDS[:seeds], evaluation_size=EVALUATION, out=out, workers=workers)
+    tell_all(name, runs, results)
 
 
 @app.command()
 def quick(
     seeds: Annotated[int, typer.Option(min=2, help="How many of the exploration seeds.")] = 4,
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side, one thread each.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/study"),
-    results: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("runs/study"),
+    workers: Workers = 2,
+    out: Out = Path("runs/study"),
+    results: Results = Path("runs/study"),
 ) -> None:
     """Compare the main arms where readings interfere and where nothing does."""
-    grid = [(world, arm, rate) for world, rates in QUICK.items() for arm, rate in rates.items()]
-    report("quick", run_settings(grid, EXPLORATION_SEEDS[:seeds], out=out, workers=workers), results)
+    grid = [(world, arm, CONFIRMATION[world][arm]) for world in QUICK_WORLDS for arm in QUICK_ARMS]
+    runs = run_settings(grid, EXPLORATION_SEEDS[:seeds], evaluation_size=EVALUATION, out=out, workers=workers)
+    tell_all("quick", runs, results)
+
+
+@app.command()
+def confirm(workers: Workers = 2, out: Out = Path("runs/study"), results: Results = RESULTS) -> None:
+    """Run what plan.md says, on seeds that exploration never saw."""
+    grid = [(world, arm, rate) for world, rates in CONFIRMATION.items() for arm, rate in rates.items()]
+    size = CONFIRMATION_EVALUATION
+    runs = run_settings(grid, CONFIRMATION_SEEDS, evaluation_size=size, out=out / "confirmation", workers=workers)
+    tell_all("confirmation", runs, results)
+
+
+def tell_all(name: str, runs: Sequence[dict[str, Any]], results: Path) -> None:
+    report(name, runs, results, descriptions=DESCRIPTIONS, drawn=DRAWN, console=console)
 
 
 def _choose(option: str, given: str, known: list[str]) -> list[str]:
