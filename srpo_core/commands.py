@@ -27,7 +27,7 @@ from rich.text import Text
 
 from srpo_core.contrasts import ContrastKind
 from srpo_core.diagnostics import ROLE_NAMES
-from srpo_core.report import REASONS, fault, report_files
+from srpo_core.report import REASONS, fault, interference_in_words, report_files
 from srpo_core.report.colors import REACH, SCALES, TEXT, Color, Theme, score_shade, weight_shade
 from srpo_core.roles import BrokenReason, Role
 from srpo_core.rollouts import Rollout, RolloutError, parse_rollout, read_rollouts
@@ -282,6 +282,8 @@ def _write_weights(files: list[Path], output: Path, options: CreditOptions) -> N
                         fields = json.loads(line)
                         if len(row.weights):
                             fields |= {"weights": _rounded(row.weights), "scores": _rounded(row.scores)}
+                        for name in ("down_divergence", "up_divergence"):  # of steps that the old weights parted
+                            fields.pop(name, None)
                         target.write(json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n")
                     progress(done, total)
 
@@ -441,6 +443,7 @@ def _print_overview(summary: Summary) -> None:
     table.add_row("effective tokens", f"{metrics['tokens/effective_fraction']:.1%} of the weighted ones")
     if "advantage/cosine" in metrics:
         table.add_row("cosine to GRPO", f"{metrics['advantage/cosine']:.4f}")
+    table.add_row("interference", "; ".join(filter(None, interference_in_words(metrics.get("interference")))))
     out.print(table)
 
 

@@ -37,6 +37,7 @@ SCHEMA_PATH = Path(__file__).with_name("rollouts.schema.json")
 _ROLE_LETTERS = {Role.OTHER: "O", Role.PERCEPTION: "P", Role.REASONING: "R"}
 _BROKEN = {reason.name.lower(): reason for reason in BrokenReason}
 _LOG_PROBS = ("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs", "repeated_log_probs")
+_DIVERGENCES = ("down_divergence", "up_divergence")
 _MAX_LOG_PROB = 1e-3  # what rounding may make of log 1
 _LARGEST = float(np.finfo(np.float32).max)
 _DECIMALS = 5  # of numbers per token: far below the noise between two passes
@@ -68,6 +69,8 @@ class Rollout:
         broken: Why the response is malformed, as the trainer saw it.
         scores: Score of each token under its role, nats.
         weights: Weight of each token in training.
+        down_divergence: How far a step on the tokens with a weight below 1 alone moved each distribution, nats.
+        up_divergence: The same of a step on those above 1; the two are known together.
         reward: Any unit.
         advantage: As the trainer computed it.
         correct: Whether the answer is right.
@@ -95,6 +98,8 @@ class Rollout:
     broken: BrokenReason | None = None
     scores: NDArray[np.float32] | None = None
     weights: NDArray[np.float32] | None = None
+    down_divergence: NDArray[np.float32] | None = None
+    up_divergence: NDArray[np.float32] | None = None
     reward: float | None = None
     advantage: float | None = None
     correct: bool | None = None
@@ -238,10 +243,12 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
     else:
         starts = ends = None
     length = None if starts is None else len(starts)
-    for name in (*_LOG_PROBS, "scores", "weights", "roles"):
+    for name in (*_LOG_PROBS, "scores", "weights", *_DIVERGENCES, "roles"):
         if name in values and len(values[name]) != length:
             of = "no tokens (give 'tokens' or 'offsets')" if length is None else f"{length} tokens"
             raise RolloutError(f"{name} has {len(values[name])} entries for {of}")
+    if len(lacking := [name for name in _DIVERGENCES if name not in values]) == 1:
+        raise RolloutError(f"{lacking[0]} is missing; {' and '.join(_DIVERGENCES)} come together")
     return Rollout(text=text, starts=starts, ends=ends, **values)
 
 
@@ -302,11 +309,12 @@ def _numbers(name: str, value: Any, *, null: float | None = None) -> NDArray[np.
     return numbers.astype(np.float32)
 
 
-def _weights(name: str, value: Any) -> NDArray[np.float32]:
+def _not_negative(name: str, value: Any) -> NDArray[np.float32]:
     numbers = _numbers(name, value)
     if len(numbers) and numbers.min() < 0:
         index = int(numbers.argmin())
-        raise RolloutError(f"{name}[{index}] is {numbers[index]:g}; a weight is at least 0")
+        kind = "a weight" if name == "weights" else "a divergence"
+        raise RolloutError(f"{name}[{index}] is {numbers[index]:g}; {kind} is at least 0")
     return numbers
 
 
@@ -383,7 +391,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "roles": _roles,
     "broken": _broken,
     "scores": _numbers,
-    "weights": _weights,
+    **dict.fromkeys(("weights", *_DIVERGENCES), _not_negative),
     **dict.fromkeys(("reward", "advantage"), _number),
     **dict.fromkeys(("correct", "perception_correct", "finished", "swapped"), _boolean),
     "group": _group,
@@ -472,6 +480,8 @@ class RolloutWriter:
         visual_dependency: Float[Tensor, "batch time"] | None = None,
         perception_consistency: Float[Tensor, "batch time"] | None = None,
         weights: Float[Tensor, "batch time"] | None = None,
+        down_divergence: Float[Tensor, "batch time"] | None = None,
+        up_divergence: Float[Tensor, "batch time"] | None = None,
         rewards: Float[Tensor, " batch"] | np.ndarray | Sequence[float] | None = None,
         advantages: Float[Tensor, " batch"] | np.ndarray | Sequence[float] | None = None,
         correct: Bool[Tensor, " batch"] | np.ndarray | Sequence[bool] | None = None,
@@ -502,6 +512,8 @@ class RolloutWriter:
             visual_dependency: Scores, nats, where they cannot be had from the log-probs (another kind, a divergence).
             perception_consistency: Likewise; the two come together, and with `roles`.
             weights: As used in training.
+            down_divergence: As :func:`~srpo_core.diagnostics.interference` takes it, nats.
+            up_divergence: Likewise; the two come together.
             rewards: One per response, any unit.
             advantages: One per response.
             correct: Whether each answer is right; else a reward above 0 counts as right.
@@ -519,8 +531,8 @@ class RolloutWriter:
             extra: Anything else about each response that JSON can say.
 
         Raises:
-            ValueError: If token ids come without a tokenizer or a mask, a number is NaN, the sizes disagree, or one
-                of the two scores is missing. Nothing is written then.
+            ValueError: If token ids come without a tokenizer or a mask, a number is NaN or out of range, the sizes
+                disagree, or one of the two scores or divergences is missing. Nothing is written then.
         """
         texts, finished_by_id = self._texts(tokens, mask)
         where = None if mask is None else list(mask.cpu().numpy())
@@ -535,8 +547,18 @@ class RolloutWriter:
             return [row[real] for row, real in zip(host, where or map(slice, lengths), strict=True)]
 
         scores = _joined_scores(visual_dependency, perception_consistency, roles)
-        log_probs = (old_log_probs, corrupted_log_probs, counterfactual_log_probs, repeated_log_probs)
-        per_token = dict(zip((*_LOG_PROBS, "scores", "weights"), (*log_probs, scores, weights), strict=True))
+        if (down_divergence is None) != (up_divergence is None):
+            raise ValueError("down_divergence and up_divergence are written together: pass both")
+        per_token = {
+            "old_log_probs": old_log_probs,
+            "corrupted_log_probs": corrupted_log_probs,
+            "counterfactual_log_probs": counterfactual_log_probs,
+            "repeated_log_probs": repeated_log_probs,
+            "scores": scores,
+            "weights": weights,
+            "down_divergence": down_divergence,
+            "up_divergence": up_divergence,
+        }
         columns: dict[str, Sequence[Any]] = {
             name: [_json_numbers(name, row, numbers) for row, numbers in enumerate(rows(name, values))]
             for name, values in per_token.items()
@@ -623,11 +645,18 @@ def _joined_scores(visual: Tensor | None, consistency: Tensor | None, roles: Ten
 
 def _json_numbers(name: str, row: int, values: NDArray[np.float64]) -> list[float | None]:
     finite = np.isfinite(values)
-    numbers = (np.round(np.where(finite, values, 0.0), _DECIMALS) + 0.0).tolist()  # + 0.0: -0.0 is 0.0
+    numbers: list[float | None]
+    if name in _DIVERGENCES:  # of one small step: digits count, not decimals
+        numbers = [float(f"{value:.5g}") for value in np.where(finite, values, 0.0).tolist()]
+    else:
+        numbers = (np.round(np.where(finite, values, 0.0), _DECIMALS) + 0.0).tolist()  # + 0.0: -0.0 is 0.0
     for token in np.flatnonzero(~finite).tolist():
         if name not in _LOG_PROBS or values[token] != -np.inf:
             raise ValueError(f"{name} is {values[token]} at response {row} token {token}, which no JSON number is")
         numbers[token] = None
+    if name not in _LOG_PROBS and name != "scores" and len(values) and values.min() < 0:
+        token = int(values.argmin())
+        raise ValueError(f"{name} is {values[token]} at response {row} token {token}; it is at least 0")
     return numbers
 
 

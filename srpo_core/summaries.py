@@ -319,7 +319,9 @@ class Summary:
     def metrics(self) -> dict[str, float]:
         """The statistics of :func:`~srpo_core.diagnostics.credit_diagnostics`, under its names, as far as is known.
 
-        Quantiles, and what is counted beyond the noise, are exact to 0.3 % of the value.
+        Quantiles, and what is counted beyond the noise, are exact to 0.3 % of the value. ``interference`` is that of
+        :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences, with the weights as
+        recorded: recomputed ones would part the tokens otherwise than the two steps did.
         """
         columns = self.columns
         real = columns["tokens"] > 0
@@ -377,6 +379,9 @@ class Summary:
         swapped = columns["swapped"][both_roles]
         if (columns["swapped"] != _UNKNOWN).any():
             metrics["swap/coverage"] = _mean(swapped[swapped != _UNKNOWN] == 1)
+        if columns["diverged"].any() and not self.options.recompute:
+            down, up = (float(columns[name].sum()) for name in ("down_divergence", "up_divergence"))
+            metrics["interference"] = 0.0 if down == 0 else down / up if up > 0 else math.inf
         return metrics
 
     def sample(self, size: int, *, per_kind: int = 8, seed: int = 0) -> NDArray[np.int64]:
@@ -446,12 +451,19 @@ def _columns(
 
     clip = options.config.score_clip
     noise, repeated = np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
+    down, up, diverged = np.zeros_like(weights), np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
     for row, (start, rollout) in enumerate(zip(lengths.cumsum() - lengths, rollouts, strict=True)):
+        if rollout.down_divergence is not None and rollout.up_divergence is not None:
+            diverged[row] = True
+            down[start : start + lengths[row]] = rollout.down_divergence
+            up[start : start + lengths[row]] = rollout.up_divergence
         if rollout.old_log_probs is not None and rollout.repeated_log_probs is not None:
             repeated[row] = True
             with np.errstate(invalid="ignore"):  # minus infinity twice is no noise
                 difference = np.nan_to_num(rollout.old_log_probs - rollout.repeated_log_probs, nan=0.0)
             noise[start : start + lengths[row]] = np.clip(difference, -clip, clip)
+
+    weighty = (roles == int(Role.PERCEPTION)) & (weights > 1.0)  # whose divergences make the interference
 
     columns: dict[str, NDArray[Any]] = {
         "tokens": lengths,
@@ -468,6 +480,9 @@ def _columns(
         "weights": total(weights),
         "squared_weights": total(weights**2),
         "squared_scored_weights": total(weights**2, roles > 0),
+        "diverged": diverged,
+        "down_divergence": total(down, weighty),
+        "up_divergence": total(up, weighty),
     }
     weight_counts, score_counts, extremes = [], [], np.array([[np.inf, -np.inf]] * 2)
     for index, (role, name) in enumerate(ROLE_NAMES.items()):

@@ -24,7 +24,7 @@ def words(perception, answer, reasoning=("so", " it", " is")):
     return ["<perception>", *perception, "</perception>", *thinking]
 
 
-def write_rollouts(path, *, steps=3, groups=3, size=4, hostile=True):
+def write_rollouts(path, *, steps=3, groups=3, size=4, hostile=True, interference=None):
     """``steps * groups * size`` responses, then two broken ones, then one for each hostile text."""
     g = torch.Generator().manual_seed(0)
     with RolloutWriter(path) as writer:
@@ -37,6 +37,10 @@ def write_rollouts(path, *, steps=3, groups=3, size=4, hostile=True):
             mask = torch.arange(time) < torch.tensor([len(row) for row in tokens])[:, None]
             old = -torch.rand(count, time, generator=g)
             changed = torch.rand(count, time, generator=g) < 0.3
+            divergences = {}
+            if interference is not None:
+                up = torch.rand(count, time, generator=torch.Generator().manual_seed(step))
+                divergences = {"down_divergence": interference * up, "up_divergence": up}
             writer.write(
                 tokens,
                 mask,
@@ -53,6 +57,7 @@ def write_rollouts(path, *, steps=3, groups=3, size=4, hostile=True):
                 references=["3"] * count,
                 images=[torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i // size)) for i in range(count)],
                 step=step,
+                **divergences,
             )
         writer.write([["<perception>", "a", "<think>", "b", "</think>"], ["just", " words"]], rewards=[0.0, 1.0])
         if hostile:

@@ -101,6 +101,43 @@ def test_the_report_says_what_it_shows(file):
     assert data["metrics"]["weight/perception/mean"] > 0
 
 
+@pytest.mark.parametrize(
+    ("interference", "words"),
+    [
+        (None, "not measured: srpo_core.diagnostics.interference says how"),
+        (0.0, "0; below 0.1, stay with GRPO: "),
+        (0.0004, "< 0.001; below 0.1, stay with GRPO: "),
+        (0.1001, "0.1; weights can matter here: "),
+        (2.0, "2; weights can matter here: "),
+    ],
+)
+def test_the_report_says_whether_weights_can_matter(tmp_path, interference, words):
+    file = write_rollouts(tmp_path / "rollouts.jsonl", interference=interference)
+    output = srpo("report", file, "-o", tmp_path / "report.html").stdout
+    line = next(line for line in output.split("\n") if line.startswith("interference"))
+    assert line.removeprefix("interference").strip().startswith(words)
+    data = data_of(tmp_path / "report.html")
+    figure, _, advice = words.rpartition("; ")
+    assert data["interference"]["figure"] == figure
+    assert data["interference"]["advice"].startswith(advice)
+    assert data["interference"]["responses"] == (0 if interference is None else 36)
+
+
+def test_an_endless_interference_is_shown(tmp_path):
+    line = {
+        "tokens": ["a"],
+        "roles": "P",
+        "broken": "none",
+        "weights": [2],
+        "down_divergence": [1],
+        "up_divergence": [0],
+    }
+    (tmp_path / "r.jsonl").write_text(json.dumps(line))
+    output = srpo("report", tmp_path / "r.jsonl", "-o", tmp_path / "r.html").stdout
+    assert "∞; weights can matter here" in output
+    assert data_of(tmp_path / "r.html")["interference"]["figure"] == "∞"
+
+
 def data_of(page):
     text = page.read_text(encoding="utf-8")
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
@@ -222,7 +259,8 @@ def test_segment_points_at_the_fault(tmp_path):
     assert "each tag must mean one thing" in same.stderr
 
 
-def test_weights_tries_options_on_recorded_log_probs(file):
+def test_weights_tries_options_on_recorded_log_probs(tmp_path):
+    file = write_rollouts(tmp_path / "rollouts.jsonl", interference=0.5)
     output = srpo("weights", file, "--strength", "0", "-o", file.with_name("new.jsonl")).stdout
     lines = output.split("\n")
     before = next(number for number, line in enumerate(lines) if line.startswith("perception, right answers"))
@@ -232,6 +270,8 @@ def test_weights_tries_options_on_recorded_log_probs(file):
     assert len(new) == 46
     assert all((rollout.weights == 1).all() for rollout in new)
     assert [rollout.text for rollout in new] == [rollout.text for rollout in read_rollouts(file)]
+    # The two divergences were taken with the old weights, and say nothing of new ones.
+    assert all(rollout.down_divergence is None for rollout in new)
     # The new file is compared with what it records.
     assert "recorded" in srpo("weights", file.with_name("new.jsonl")).stdout
     assert "write to another" in srpo("weights", file, "-o", file, code=1).stderr

@@ -91,6 +91,36 @@ def test_filters_narrow_the_list_and_reset_widens_it(browser, page):
     assert texts(browser, ".empty") == ["No response matches."]
 
 
+@pytest.mark.parametrize(
+    ("interference", "figure", "words"),
+    [
+        (0.02, "0.02", "below 0.1, stay with GRPO: learning from the tokens that weigh little hardly moves"),
+        (1.5, "1.5", "weights can matter here: learning from the tokens that weigh little moves"),
+    ],
+)
+def test_the_overview_says_whether_weights_can_matter(driver, tmp_path, interference, figure, words):
+    path = write_rollouts(tmp_path / "rollouts.jsonl", interference=interference)
+    report_files(summarize_files([path]), tmp_path / "report.html")
+    driver.get((tmp_path / "report.html").as_uri())
+    tile = driver.find_element("css selector", ".tile:last-child")
+    label, value, note = tile.text.split("\n")  # what is visible
+    assert (label, value) == ("Interference", figure)
+    assert note.startswith(words)
+    assert note.endswith("; on 36 responses")
+    assert texts(driver, "#unmeasured") == []
+    rows = driver.execute_script(
+        "const box = (n) => n.getBoundingClientRect(), all = box(document.getElementById('overview'));"
+        "return [...document.querySelectorAll('.tile')].filter((t) => box(t).right > all.right - 3).length"
+    )
+    assert rows == -(-len(texts(driver, ".tile")) // 4)  # every row is filled
+
+
+def test_the_page_says_how_interference_would_be_measured(browser):
+    assert "Interference" not in texts(browser, ".tile .label")
+    hint = browser.find_element("id", "unmeasured")
+    assert hint.text == ("Whether weights can matter was not measured: srpo_core.diagnostics.interference says how.")
+
+
 def test_a_cell_of_the_table_filters(browser):
     lucky = browser.find_element("xpath", "//button[contains(., 'Lucky')]")
     lucky.click()

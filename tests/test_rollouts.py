@@ -40,6 +40,9 @@ def lines(draw):
         "weights": st.floats(0, 4, width=32),
     }
     optional = {name: st.lists(v, min_size=len(tokens), max_size=len(tokens)) for name, v in per_token.items()}
+    divergences = st.lists(st.floats(0, 9, width=32), min_size=len(tokens), max_size=len(tokens))
+    if draw(st.booleans()):
+        line |= {"down_divergence": draw(divergences), "up_divergence": draw(divergences)}
     optional |= {
         "roles": st.lists(st.sampled_from("OPR"), min_size=len(tokens), max_size=len(tokens)).map("".join),
         "broken": st.sampled_from([reason.name.lower() for reason in BrokenReason]),
@@ -76,7 +79,7 @@ def test_a_valid_line_satisfies_the_schema_and_comes_back_whole(line):
     assert "".join(rollout.pieces) == rollout.text
     if "tokens" in line:
         assert rollout.pieces == tokens
-    for name in ("old_log_probs", "corrupted_log_probs", "scores", "weights"):
+    for name in ("old_log_probs", "corrupted_log_probs", "scores", "weights", "down_divergence", "up_divergence"):
         if name in line:
             expected = [-np.inf if value is None else value for value in line[name]]
             np.testing.assert_allclose(getattr(rollout, name), expected, rtol=1e-6)
@@ -126,6 +129,21 @@ def test_what_the_schema_refuses_is_refused_and_nothing_else_but_lengths(line, d
         (b'{"tokens": ["a"], "weights": [-1]}', "weights[0] is -1; a weight is at least 0"),
         (b'{"tokens": ["a"], "weights": [true]}', "weights[0] must be a number, got a boolean"),
         (b'{"tokens": ["a"], "weights": [1e39]}', "weights[0] is not a finite number"),
+        (b'{"tokens": ["a"], "up_divergence": [1]}', "down_divergence is missing; down_divergence and up_divergence"),
+        (b'{"tokens": ["a"], "down_divergence": [1]}', "up_divergence is missing; down_divergence and up_divergence"),
+        (
+            b'{"tokens": ["a"], "up_divergence": [1, 2], "down_divergence": [1]}',
+            "up_divergence has 2 entries for 1 tok",
+        ),
+        (
+            b'{"tokens": ["a"], "up_divergence": [1], "down_divergence": [-1e-9]}',
+            "down_divergence[0] is -1e-09; a diver",
+        ),
+        (
+            b'{"tokens": ["a"], "up_divergence": [null], "down_divergence": [1]}',
+            "up_divergence[0] must be a number, got",
+        ),
+        (b'{"text": "a", "up_divergence": [1], "down_divergence": [1]}', "divergence has 1 entries for no tokens"),
         (b'{"tokens": ["a"], "roles": "Q"}', "roles has 'Q' at token 0; use O, P and R"),
         (b'{"tokens": ["a"], "broken": "torn"}', "broken must be one of none, no_perception, unclosed"),
         (b'{"text": "ab", "offsets": [[1, 3]]}', "offsets[0] is [1, 3], which is no span of the 2 characters"),
@@ -154,10 +172,13 @@ def test_both_json_readers_agree(line):
 
 def test_a_file_is_read_up_to_its_faults(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    path.write_text('{"text": "a"}\n\n{"text": 1}\r\n{"text": "b"}')
+    path.write_text('{"text": "a"}\n\n{"text": 1}\r\n{"text": "b"}\n{"tokens": ["a"], "up_divergence": [1]}')
     errors = []
     assert [rollout.text for rollout in read_rollouts(path, on_error=errors.append)] == ["a", "b"]
-    assert [(error.line, error.reason) for error in errors] == [(3, "text must be a string, got a number")]
+    assert [(error.line, error.reason.partition(";")[0]) for error in errors] == [
+        (3, "text must be a string, got a number"),
+        (5, "down_divergence is missing"),
+    ]
     with pytest.raises(RolloutError, match="rollouts.jsonl, line 3: text must be a string"):
         list(read_rollouts(path))
 
@@ -268,6 +289,12 @@ def test_texts_need_no_tokenizer_and_the_mask_says_where_they_lie(tmp_path):
         ({"tokens": [["a", "b"]], "weights": torch.ones(1, 1)}, "weights has shape .1, 1., too small"),
         ({"tokens": [["a"]], "old_log_probs": torch.tensor([[torch.nan]])}, "old_log_probs is nan at response 0 token"),
         ({"tokens": [["a"]], "weights": torch.tensor([[torch.inf]])}, "weights is inf at response 0 token 0"),
+        ({"tokens": [["a"]], "weights": -torch.ones(1, 1)}, "weights is -1.0 at response 0 token 0; it is at least 0"),
+        (
+            {"tokens": [["a"]], "up_divergence": torch.ones(1, 1), "down_divergence": -torch.ones(1, 1)},
+            "down_divergence is -1.0 at response 0 token 0; it is at least 0",
+        ),
+        ({"tokens": [["a"]], "up_divergence": torch.ones(1, 1)}, "are written together: pass both"),
         ({"tokens": [["a"]], "visual_dependency": torch.ones(1, 1)}, "are written together: pass all three"),
         ({"tokens": [["a"]], "images": [torch.zeros(4, 2, 2)]}, "1 or 3 channels, height, width"),
     ],
@@ -276,6 +303,17 @@ def test_a_batch_that_cannot_be_written_is_refused_whole(tmp_path, arguments, me
     with RolloutWriter(tmp_path / "r.jsonl") as writer, pytest.raises(ValueError, match=message):
         writer.write(**arguments)
     assert (tmp_path / "r.jsonl").read_text() == ""
+
+
+def test_divergences_of_any_size_keep_their_digits(tmp_path):
+    """One small step moves a distribution by far less than the rounding of a log-probability."""
+    down, up = torch.tensor([[1.23456e-9, 0.0]]), torch.tensor([[1234.56, 4e-7]])
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a", "b"]], down_divergence=down, up_divergence=up)
+    SCHEMA.validate(json.loads((tmp_path / "r.jsonl").read_text()))
+    (rollout,) = read_rollouts(tmp_path / "r.jsonl")
+    np.testing.assert_allclose(rollout.down_divergence, down[0], rtol=1e-4)
+    np.testing.assert_allclose(rollout.up_divergence, up[0], rtol=1e-4)
 
 
 def test_a_tokenizer_needs_an_end(tmp_path):

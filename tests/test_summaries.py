@@ -12,7 +12,7 @@ from rollout_files import add_malformed, write_rollouts
 
 from srpo_core import Role, RoleTags, SRPOConfig, group_advantages, role_scales, segment_responses, srpo_advantages
 from srpo_core import summaries as summaries_module
-from srpo_core.diagnostics import credit_diagnostics
+from srpo_core.diagnostics import credit_diagnostics, interference
 from srpo_core.rollouts import RolloutError, RolloutWriter, parse_rollout, read_rollouts
 from srpo_core.summaries import CreditOptions, load, score_rollouts, summarize_files, summarize_rollouts
 
@@ -83,6 +83,46 @@ def test_counted_beyond_the_noise():
     metrics = summarize_rollouts(score_rollouts([parse_rollout(json.dumps(line))])).metrics()
     assert metrics["noise/perception/rms"] == pytest.approx(0.1)
     assert metrics["noise/perception/above"] == 0.5
+
+
+def test_interference_is_that_of_all_responses_that_have_the_divergences(tmp_path, monkeypatch):
+    """Equal to the diagnostic of the concatenated batch, though it is summed a line at a time."""
+    g = torch.Generator().manual_seed(0)
+    parts = []
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        for rows, time in ((3, 5), (2, 9), (1, 2)):
+            mask = torch.arange(time) < torch.randint(1, time + 1, (rows, 1), generator=g)
+            roles = torch.randint(0, 3, (rows, time), generator=g)
+            weights = torch.round(2 * torch.rand(rows, time, generator=g), decimals=3)
+            down, up = (scale * torch.rand(rows, time, generator=g) for scale in (1e-4, 1e-3))
+            columns = [torch.where(mask, values, torch.nan) for values in (down, up, weights)]
+            given = dict(zip(("down_divergence", "up_divergence", "weights"), columns, strict=True))
+            tokens = [["x"] * int(row.sum()) for row in mask]
+            writer.write(tokens, mask, roles=roles, **given)
+            # Of responses without divergences nothing is taken.
+            writer.write(tokens, mask, roles=torch.where(mask, int(Role.PERCEPTION), 0), weights=3 * mask.float())
+            parts.append([torch.nn.functional.pad(values, (0, 9 - time)) for values in (*columns, roles, mask)])
+    whole = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    expected = interference(*whole).item()
+    assert 0 < expected < 1
+    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", 1)
+    summary = summarize_files([tmp_path / "r.jsonl"])
+    assert summary.metrics()["interference"] == pytest.approx(expected, rel=1e-4)
+    assert summary.columns["diverged"].sum() == 6
+    recomputed = summarize_files([tmp_path / "r.jsonl"], CreditOptions(recompute=True))
+    assert "interference" not in recomputed.metrics()
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "weight", "expected"), [(0, 0, 2, 0), (1, 0, 2, np.inf), (1, 2, 2, 0.5), (1, 2, 1, 0)]
+)
+def test_interference_where_there_is_little_of_it(down, up, weight, expected):
+    line = {"tokens": ["a"], "roles": "P", "broken": "none", "weights": [weight]}
+    line |= {"down_divergence": [down], "up_divergence": [up]}
+    rollout = parse_rollout(json.dumps(line))
+    assert summarize_rollouts(score_rollouts([rollout])).metrics()["interference"] == expected
+    tensors = (torch.tensor([[float(value)]]) for value in (down, up, weight))
+    assert interference(*tensors, torch.tensor([[Role.PERCEPTION]]), torch.tensor([[True]])).item() == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 2**20])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srpo_core.diagnostics import ROLE_NAMES
+from srpo_core.diagnostics import INTERFERENCE_MATTERS, ROLE_NAMES
 from srpo_core.report.colors import SCALES, TEXT, Color, Theme, score_shade, weight_shade
 from srpo_core.roles import BrokenReason, Role, parse_response
 from srpo_core.rollouts import Rollout
@@ -122,6 +122,23 @@ def report_rollouts(
     Path(path).write_text(page, encoding="utf-8")
 
 
+def interference_in_words(interference: float | None) -> tuple[str, str]:
+    """The figure as it is shown, and what it advises; without one, how to have it."""
+    if interference is None:
+        return "", "not measured: srpo_core.diagnostics.interference says how"
+    figure = "∞" if math.isinf(interference) else f"{interference:.3g}"
+    if 0 < interference < 0.001:
+        figure = "< 0.001"
+    if interference < INTERFERENCE_MATTERS:
+        return figure, (
+            f"below {INTERFERENCE_MATTERS:g}, stay with GRPO: "
+            "learning from the tokens that weigh little hardly moves the perception that weighs much"
+        )
+    return figure, (
+        "weights can matter here: learning from the tokens that weigh little moves the perception that weighs much"
+    )
+
+
 def fault(rollout: Rollout) -> tuple[BrokenReason, int | None]:
     """Why the text of a response is malformed, and the character at which that shows."""
     parsed = parse_response(rollout.text, rollout.tags, finished=rollout.finished)
@@ -209,6 +226,8 @@ def _overview(summary: Summary, title: str) -> dict[str, Any]:
     recorded = int(columns["recorded"].sum())
     rewards = columns["reward"][~np.isnan(columns["reward"])]
     advantages = summary.advantages
+    metrics = summary.metrics()
+    figure, advice = interference_in_words(metrics.pop("interference", None))  # infinity is no JSON
     return {
         "title": title,
         "version": _version(),
@@ -227,7 +246,8 @@ def _overview(summary: Summary, title: str) -> dict[str, Any]:
         "weights": "recorded" if recorded == len(summary) else "computed" if not recorded else "partly recorded",
         "options": _changed_options(summary.options),
         "clip": summary.options.config.score_clip,
-        "metrics": summary.metrics(),
+        "metrics": metrics,
+        "interference": {"figure": figure, "advice": advice, "responses": int(columns["diverged"].sum())},
         "histograms": _histograms(summary),
         "broken": [
             {

@@ -79,6 +79,8 @@ function drawOverview() {
   if ("swap/coverage" in metrics) tiles.push(tile("Swap coverage", percent(metrics["swap/coverage"]), "found another perception"));
   if ("noise/perception/rms" in metrics) tiles.push(tile("Noise floor", `${metrics["noise/perception/rms"].toPrecision(2)}`, `nats; ${percent(metrics["noise/perception/above"])} of perception scores exceed twice that`));
   else tiles.push(tile("Scores clipped", percent(metrics["score/perception/clipped"], 1), `of perception, ${percent(metrics["score/reasoning/clipped"], 1)} of reasoning, at ${data.clip} nats`));
+  const { figure, advice, responses } = data.interference;
+  if (figure) tiles.push(tile("Interference", figure, responses < data.counts.responses ? `${advice}; on ${plural(responses, "response")}` : advice));
   at("overview").append(...tiles);
 }
 
@@ -92,7 +94,8 @@ function drawShares() {
     bar("Tokens", metrics["tokens/perception/fraction"], metrics["tokens/reasoning/fraction"]),
     bar("Weight", metrics["weight/perception/mass"], metrics["weight/reasoning/mass"]),
     el("div", { class: "key" }, ["perception", "reasoning", "other"].map((role) => el("span", {}, el("i", { class: `bg-${role}` }), role))),
-    el("p", { class: "explain" }, "Each response keeps its total credit. Where the lower bar differs from the upper one, the weights moved credit between the roles."));
+    el("p", { class: "explain" }, "Each response keeps its total credit. Where the lower bar differs from the upper one, the weights moved credit between the roles."),
+    data.interference.figure ? null : el("p", { class: "explain", id: "unmeasured" }, `Whether weights can matter was ${data.interference.advice}.`));
 }
 
 function drawFormat() {
@@ -383,7 +386,7 @@ function drawDetail(row) {
   parts.push(el("div", { class: "tools" },
     el("div", {},
       el("div", { class: "switch", role: "group", "aria-label": "Colour by" }, modes.map((name) => el("button", { type: "button", id: `mode-${name}`, "aria-pressed": String(mode === name), on: { click: () => { mode = name; drawDetail(row); } } }, name === "weight" ? "Weight" : "Score, nats"))),
-      el("div", { class: "key" }, el("span", {}, el("i", { class: "thin bg-perception" }), "perception"), el("span", {}, el("i", { class: "thin bg-reasoning" }), "reasoning (dotted)"))),
+      el("div", { class: "key" }, el("span", {}, el("i", { class: "thin bg-perception" }), "perception"), el("span", {}, el("i", { class: "thin dotted" }), "reasoning (dotted)"))),
     legend()));
   const reading = el("div", { class: "reading" });
   if (row.image) {
