@@ -413,6 +413,7 @@ def test_the_page_of_the_demo_shows_every_rollout_beside_its_image(study, summar
     rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
     assert [row["tokens"] for row in data["rows"]] == [rollout.pieces for rollout in rollouts]
     assert data["weights"] == "recorded"
+    assert data["interference"]["responses"] == len(rollouts)
     assert data["sample"]["imagesMissing"] == data["sample"]["imagesLeftOut"] == 0
     for row in data["rows"]:
         assert data["images"][row["image"]].startswith("data:image/png;base64,")
@@ -442,7 +443,7 @@ def test_specimens_come_first(texts, kinds, tmp_path):
         torch.zeros(len(texts), dtype=torch.long),
         torch.ones(len(texts)),
         -torch.ones(token_ids.shape),
-        mask.sum(),
+        mask.sum().float(),
         step=0,
     )
     specimens = write_rollouts(TinyVLM(), SRPO(), batch, tmp_path / "rollouts.jsonl")

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.grounding.arms import virtual_step
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.train import SRPO, Batch
 from benchmarks.grounding.world import EOS, SPLITS, read, reward, to_words
@@ -133,6 +134,7 @@ def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> li
     """
     corrupted, replaced = method.look_again(model, batch)
     credit = method.credit(batch, corrupted, replaced)
+    down, up = (virtual_step(model, batch, tokens) for tokens in (credit.weights < 1, credit.weights > 1))
     problems, reading = batch.problems, read(batch.token_ids, batch.problems.colours)
     right = reading.answer == problems.answers
     seen = (reading.counts == problems.counts).all(1)
@@ -160,6 +162,8 @@ def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> li
                 visual_dependency=credit.visual_dependency[rows],
                 perception_consistency=credit.perception_consistency[rows],
                 weights=credit.weights[rows],
+                down_divergence=down[rows],
+                up_divergence=up[rows],
                 rewards=reward(token_ids, shown),
                 advantages=batch.advantages[rows],
                 correct=right[rows],
