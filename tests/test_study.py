@@ -291,7 +291,7 @@ def told(arm: str, rate: float, seed: int, conflict: float, mixture: float = 0.5
         "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict,
         "grounded": 1 - conflict, "reward": conflict / 2, "mixture": mixture, "aligned": 0.9, "follows": 0.8,
         "steps": [0, 10], "curve": [0.1, conflict], "steps_to_threshold": 100, "step_seconds": 0.1,
-        "weights": {"before": {"asked": 1.0}}, "interference": 1.0,
+        "weights": {"asked": 1.0}, "interference": 1.0,
     }  # fmt: skip
 
 
@@ -348,6 +348,11 @@ def test_the_command_finds_its_runs_again(monkeypatch, tmp_path):
         assert shown.exit_code == 0
         results.append(json.loads((tmp_path / "exploration.json").read_text()))
     assert results[0] == results[1]  # CPU seconds included: nothing ran twice
+    arguments[arguments.index("grpo; use")] = "oracle"
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    added = json.loads((tmp_path / "exploration.json").read_text())["runs"]
+    assert [run for run in added if run["arm"] != "oracle"] == results[0]["runs"]
+    assert len(added) == len(results[0]["runs"]) + 2
     assert {(run["arm"], run["seed"]) for run in results[0]["runs"]} == {
         (a, s) for a in ("grpo", "use") for s in (0, 1)
     }

@@ -42,18 +42,17 @@ def tell(world: str, result: Run) -> dict[str, Any]:
         "seed": result["seed"],
         "conflict": float(np.mean([point["conflict"] for point in curve[1:]])),
         "grounded": float(np.mean([point["grounded"] for point in curve[1:]])),
-        "final": {split: after[split]["answer"] for split in after},
-        "final_rates": after["conflict"],
-        "before": {split: rate["answer"] for split, rate in result["rates"]["before"].items()},
+        "final": {split: round(rates["answer"], 4) for split, rates in after.items()},
+        "final_conflict": {rate: round(value, 4) for rate, value in after["conflict"].items()},
         "reward": float(np.mean(result["rewards"])),
         "mixture": after["train"]["answer"],
         "aligned": after["aligned"]["answer"],
         "follows": after["conflict"]["follows"],
         "steps_to_threshold": int(reached[0]) + 10 if len(reached) else len(result["rewards"]),
         "steps": [point["step"] for point in curve],
-        "curve": [point["conflict"] for point in curve],
+        "curve": [round(point["conflict"], 4) for point in curve],
         "interference": result["interference"],
-        "weights": result["mean_weights"],
+        "weights": {kind: round(weight, 4) for kind, weight in result["mean_weights"]["before"].items()},
         "step_seconds": round(result["step_seconds"], 4),
         "cpu_seconds": round(result["cpu_seconds"], 1),
     }
@@ -112,7 +111,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
 
 def _mean_of(kind: str, runs: Iterable[Run]) -> float | None:
     """Return the mean weight of a kind of token at the warm start, where the arm and the world have one."""
-    weights = [run["weights"]["before"].get(kind) for run in runs]
+    weights = [run["weights"].get(kind) for run in runs]
     return None if None in weights else float(np.mean(weights))
 
 

@@ -138,7 +138,9 @@ Results = Annotated[Path, typer.Option(help="Where the tables go.")]
 @app.command()
 def tables(name: Annotated[str, typer.Argument(help="Of the results.")], results: Results = RESULTS) -> None:
     """Print the tables of results that are there."""
-    tell_all(name, json.loads((results / f"{name}.json").read_text())["runs"], results)
+    if not (runs := runs_of(name, results)):
+        raise typer.BadParameter(f"there is no {results / name}.json", param_hint="name")
+    tell_all(name, runs, results)
 
 
 @app.command()
@@ -152,11 +154,12 @@ def explore(
     out: Out = Path("runs/study"),
     results: Results = RESULTS,
 ) -> None:
-    """Run a grid of worlds, arms and learning rates on exploration seeds."""
+    """Run a grid of worlds, arms and learning rates on exploration seeds, and add it to the results of that name."""
     chosen_worlds, chosen_arms = _choose("--worlds", worlds, list(WORLDS)), _choose("--arms", arms, list(ARMS))
     grid = [(world, arm, float(rate)) for world in chosen_worlds for arm in chosen_arms for rate in rates.split(",")]
     runs = run_settings(grid, EXPLORATION_SEEDS[:seeds], evaluation_size=EVALUATION, out=out, workers=workers)
-    tell_all(name, runs, results)
+    kept = {which(run): run for run in [*runs_of(name, results), *runs]}
+    tell_all(name, sorted(kept.values(), key=lambda run: list(WORLDS).index(run["world"])), results)
 
 
 @app.command()
@@ -179,6 +182,15 @@ def confirm(workers: Workers = 2, out: Out = Path("runs/study"), results: Result
     size = CONFIRMATION_EVALUATION
     runs = run_settings(grid, CONFIRMATION_SEEDS, evaluation_size=size, out=out / "confirmation", workers=workers)
     tell_all("confirmation", runs, results)
+
+
+def runs_of(name: str, results: Path) -> list[dict[str, Any]]:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def which(run: dict[str, Any]) -> tuple[str, str, float, int]:
+    return run["world"], run["arm"], run["learning_rate"], run["seed"]
 
 
 def tell_all(name: str, runs: Sequence[dict[str, Any]], results: Path) -> None:
