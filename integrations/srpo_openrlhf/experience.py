@@ -1,4 +1,4 @@
-"""What the hook adds to OpenRLHF's experience maker: two more scoring passes, and the weights in the advantages.
+"""What the hook adds to OpenRLHF's experience maker: its scoring passes, and the weights in the advantages.
 
 Everything is over whole sequences, [batch, time] with prompts and padding, as OpenRLHF has it: column t of
 ``action_mask``, ``action_log_probs`` and ``advantages`` belongs to token t + 1 of ``sequences``. Rows are put into the
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from srpo_core import (
     BrokenReason,
+    CounterfactualResponses,
     RoleAdvantages,
     Segmentation,
     SRPOConfig,
@@ -24,6 +25,7 @@ from srpo_core import (
     counterfactual_responses,
     credit_metrics,
     segment_responses,
+    span_counterfactuals,
     srpo_advantages,
 )
 from srpo_core.rollouts import RolloutWriter
@@ -56,10 +58,11 @@ class Rollout(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probs of the rollout's tokens in the two other contexts, and what the tokens do."""
+    """Log-probs of the rollout's tokens in the two other contexts, what the tokens do, and what reasoning owes them."""
 
     corrupted_log_probs: Tensor | None  # [batch, time] nats; None: no image in the batch
     counterfactual_log_probs: Tensor  # [batch, time] nats
+    perception_use: Tensor | None  # [batch, time]; None: not asked for, or no image whose scores it could change
     segmentation: Segmentation
     is_corrupted: Tensor | None  # [batch] bool: the corruption changed the row's images
 
@@ -123,7 +126,7 @@ def stack_rollout(experiences: Sequence[Any], samples_per_prompt: int) -> Rollou
 
 
 def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, config: SRPOConfig, *, step: int) -> Scores:
-    """Score the rollout twice more, in the micro-batches and by the code path that made ``action_log_probs``.
+    """Score the rollout in its other contexts, in the micro-batches and by the code path of ``action_log_probs``.
 
     Args:
         maker: A ``RemoteExperienceMaker``.
@@ -167,21 +170,23 @@ def score_rollout(maker: Any, experiences: Sequence[Any], rollout: Rollout, conf
         boundary=segmentation.boundary,
         pad_token_id=tokenizer.pad_token_id,
     )
-    batches = []
-    for experience in experiences:
-        attended = responses.mask[experience.index]
-        width = int(attended.sum(1).max())
-        sequences = torch.cat([experience.sequences[:, :1], responses.token_ids[experience.index, :width]], dim=1)
-        attention_mask = F.pad(attended[:, :width], (1, 0), value=True).to(experience.attention_mask.dtype)
-        batches.append((sequences, attention_mask, attention_mask[:, 1:]))
-    log_probs = _log_probs(
-        maker,
-        experiences,
-        batches,
-        rollout.images if config.counterfactual_image == "kept" else corrupted_images,
-        width=responses.mask.shape[1],
-    )
-    return Scores(corrupted, responses.carry_back(log_probs, rollout.log_probs), segmentation, is_corrupted)
+    images = rollout.images if config.counterfactual_image == "kept" else corrupted_images
+    log_probs = _changed_log_probs(maker, experiences, responses, images)
+    counterfactual = responses.carry_back(log_probs, rollout.log_probs)
+
+    use = None
+    if config.use_passes > 0 and corrupted is not None:
+        without = span_counterfactuals(
+            rollout.token_ids,
+            segmentation.roles,
+            rollout.attended,
+            spans=config.use_passes,
+            boundary=segmentation.boundary,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        passes = [_changed_log_probs(maker, experiences, each, rollout.images) for each in without.responses]
+        use = without.use(passes, rollout.log_probs, segmentation.roles, rollout.mask, clip=config.score_clip)
+    return Scores(corrupted, counterfactual, use, segmentation, is_corrupted)
 
 
 def fold_weights(
@@ -206,6 +211,7 @@ def fold_weights(
         roles,
         token_advantages.gather(1, first).squeeze(1).float(),
         rollout.mask,
+        perception_use=scores.perception_use,
         **config.advantage_options(step=step),
     )
     rows = [slice(row, row + 1) for row in range(len(rollout.mask))]
@@ -329,6 +335,20 @@ def corrupt_inputs(
     return [
         {**inputs, "pixel_values": corrupted[source[row]]} if inputs else inputs for row, inputs in enumerate(images)
     ]
+
+
+def _changed_log_probs(
+    maker: Any, experiences: Sequence[Any], responses: CounterfactualResponses, images: Sequence[ImageInputs]
+) -> Tensor:
+    """Log-probs of changed responses, [batch, new_time], each micro-batch cut to its own longest."""
+    batches = []
+    for experience in experiences:
+        attended = responses.mask[experience.index]
+        width = int(attended.sum(1).max())
+        sequences = torch.cat([experience.sequences[:, :1], responses.token_ids[experience.index, :width]], dim=1)
+        attention_mask = F.pad(attended[:, :width], (1, 0), value=True).to(experience.attention_mask.dtype)
+        batches.append((sequences, attention_mask, attention_mask[:, 1:]))
+    return _log_probs(maker, experiences, batches, images, width=responses.mask.shape[1])
 
 
 def _log_probs(

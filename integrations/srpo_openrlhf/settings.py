@@ -37,6 +37,11 @@ def check_config(config: SRPOConfig) -> None:
             config.scale == "ema_rms",
             "--srpo.scale ema_rms: its moving average would be lost when a run resumes; pass batch_rms",
         ),
+        (
+            config.use != SRPOConfig().use and config.use_spans == 0,
+            f"--srpo.use {config.use} without --srpo.use_spans: it says how a use score enters, and there is none; "
+            "pass --srpo.use_spans, each one more forward pass, or leave it out",
+        ),
     )
 
 

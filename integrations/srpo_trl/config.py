@@ -10,6 +10,7 @@ from srpo_core.contrasts import ContrastKind
 from srpo_core.corruption import CorruptionKind
 from srpo_core.counterfactuals import CounterfactualKind
 from srpo_core.srpo import Scale
+from srpo_core.use import Use
 from srpo_core.weights import Baseline, Renormalization, Sign, WeightMap
 
 __all__ = ["SRPOConfig"]
@@ -84,6 +85,23 @@ class SRPOConfig(GRPOConfig):
         default=_CORE.counterfactual_image, metadata=_help("The image in that second context.")
     )
 
+    # The use score, this project's extension: one context more for each span of the perception
+    srpo_use_spans: int = field(
+        default=_CORE.use_spans,
+        metadata=_help(
+            "Spans, at most, that the perception is cut into; the response is scored once more without each of them, "
+            "so perception tokens count for what the reasoning owes to them too. An extension of this project, not "
+            "SRPO's. 0: off."
+        ),
+    )
+    srpo_use: Use = field(
+        default=_CORE.use,
+        metadata=_help(
+            "What that does to the scores of perception tokens: `product` multiplies each by its use, `share` deals "
+            "their mean out by use. Only with srpo_use_spans."
+        ),
+    )
+
     # From log-probabilities to weights
     srpo_visual_score: ContrastKind = field(default="log_ratio", metadata=_help("Score of perception tokens."))
     srpo_consistency_score: ContrastKind = field(default="log_ratio", metadata=_help("Score of reasoning tokens."))
@@ -149,6 +167,11 @@ class SRPOConfig(GRPOConfig):
                     f"{name} must be one of {', '.join(map(repr, known))}, got {score!r}: "
                     "TRL returns the log-probability of the sampled token alone"
                 )
+        if self.srpo_use != _CORE.use and self.srpo_use_spans == 0:
+            raise ValueError(
+                f"srpo_use={self.srpo_use!r} says how a use score enters, and srpo_use_spans=0 makes none: set "
+                "srpo_use_spans to the number of spans, each of which is one more forward pass, or leave srpo_use out"
+            )
         options = {
             option.name.removeprefix("srpo_"): getattr(self, option.name)
             for option in fields(self)

@@ -16,11 +16,13 @@ from trl import GRPOTrainer
 
 from srpo_core import (
     BrokenReason,
+    CounterfactualResponses,
     Role,
     RoleAdvantages,
     ScaleState,
     counterfactual_responses,
     segment_responses,
+    span_counterfactuals,
     srpo_advantages,
 )
 from srpo_core.diagnostics import credit_diagnostics
@@ -126,6 +128,7 @@ class SRPOMixin(_Base):
             advantages=self._srpo_gather(batch["advantages"]),
             group_ids=torch.arange(rows, device=token_ids.device) // in_group,
             own=slice(first, first + len(token_ids)),
+            own_time=token_ids.shape[1],
         )
 
     def _srpo_gather(self, rows: Tensor, fill: int = 0) -> Tensor:
@@ -140,7 +143,7 @@ class SRPOMixin(_Base):
     def _srpo_credit(
         self, batch: dict[str, Any], rollouts: "_Rollouts"
     ) -> tuple[RoleAdvantages, Tensor | None, "_Views"]:
-        """Score the responses in two more contexts and weigh their tokens; also, whose perception each one got."""
+        """Score the responses in their other contexts and weigh their tokens; also, whose perception each one got."""
         options, context, own = self._srpo, context_of(batch), rollouts.own
         token_ids, mask = batch["completion_ids"], batch["completion_mask"]
         counterfactual = counterfactual_responses(
@@ -170,14 +173,12 @@ class SRPOMixin(_Base):
             )
             corrupted_log_probs = self._srpo_gather(self._srpo_log_probs(corrupted, token_ids, mask))
 
-        counterfactual_log_probs = self._srpo_log_probs(
-            corrupted if options.counterfactual_image == "corrupted" else context,
-            counterfactual.token_ids[own],
-            counterfactual.attention_mask[own],
-            counterfactual.positions[own, : token_ids.shape[1]],
+        counterfactual_log_probs = self._srpo_changed_log_probs(
+            corrupted if options.counterfactual_image == "corrupted" else context, counterfactual, rollouts
         )
+        use = self._srpo_use(context, rollouts, log_probs) if corrupted_log_probs is not None else None
         memory = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _ScaleMemory))
-        carried_back = counterfactual.carry_back(self._srpo_gather(counterfactual_log_probs), log_probs)
+        carried_back = counterfactual.carry_back(counterfactual_log_probs, log_probs)
         credit = srpo_advantages(
             log_probs,
             corrupted_log_probs,
@@ -186,6 +187,7 @@ class SRPOMixin(_Base):
             rollouts.advantages,
             rollouts.mask,
             broken=rollouts.broken,
+            perception_use=use,
             scale_state=memory.recall(log_probs.device),
             **options.advantage_options(step=self.state.global_step),
         )
@@ -193,6 +195,31 @@ class SRPOMixin(_Base):
             memory.remember(credit.scale_state)
         donors = counterfactual.donors if options.counterfactual == "swap" else None
         return credit, donors, _Views(log_probs, corrupted_log_probs, carried_back)
+
+    def _srpo_use(self, context: Context, rollouts: "_Rollouts", log_probs: Tensor) -> Tensor | None:
+        """What the reasoning owes to each perception token, by one more pass for each span; None: not asked for."""
+        if self._srpo.use_passes == 0:
+            return None
+        without = span_counterfactuals(
+            rollouts.token_ids,
+            rollouts.roles,
+            rollouts.mask,
+            spans=self._srpo.use_passes,
+            boundary=rollouts.boundary,
+            pad_token_id=self._srpo_tokenizer.pad_token_id,
+        )
+        passes = [self._srpo_changed_log_probs(context, responses, rollouts) for responses in without.responses]
+        return without.use(passes, log_probs, rollouts.roles, rollouts.mask, clip=self._srpo.score_clip)
+
+    def _srpo_changed_log_probs(
+        self, context: Context, changed: CounterfactualResponses, rollouts: "_Rollouts"
+    ) -> Tensor:
+        """Log-probabilities of the changed responses of all ranks, of which each rank scores its own."""
+        own, time = rollouts.own, rollouts.own_time
+        log_probs = self._srpo_log_probs(
+            context, changed.token_ids[own], changed.attention_mask[own], changed.positions[own, :time]
+        )
+        return self._srpo_gather(log_probs)
 
     def _srpo_log_probs(
         self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -324,7 +351,7 @@ class SRPOTrainer(SRPOMixin, GRPOTrainer):
 
 
 class _Rollouts(NamedTuple):
-    """Responses of all ranks, and which of them are this rank's."""
+    """Responses of all ranks, which of them are this rank's, and how long its own batch is."""
 
     token_ids: Tensor
     mask: Tensor
@@ -334,6 +361,7 @@ class _Rollouts(NamedTuple):
     advantages: Tensor
     group_ids: Tensor
     own: slice
+    own_time: int
 
     def where(self, role: Role) -> Tensor:
         return self.mask & (self.roles == int(role))

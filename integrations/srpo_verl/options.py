@@ -27,6 +27,8 @@ _VERLS_OWN = {
 }
 #: Where to write what; not an option of the method.
 _ROLLOUTS = "rollouts"
+#: The default, which is also what it says where there is no use score.
+_USE = SRPOConfig().use
 _OPTIONS = (
     *(field.name for field in fields(SRPOConfig) if field.name not in (*_VERLS_OWN, "scale_decay")),
     _ROLLOUTS,
@@ -143,6 +145,12 @@ def srpo_config(options: Mapping[str, Any]) -> SRPOConfig:
     for (name, value), reason in _UNSUPPORTED.items():
         if options.get(name) == value:
             raise ValueError(f"algorithm.srpo.{name}={value!r} does not work in verl: {reason}")
+    if options.get("use", _USE) != _USE and not options.get("use_spans"):
+        raise ValueError(
+            f"algorithm.srpo.use={options['use']!r} says how a use score enters, and without algorithm.srpo.use_spans "
+            "there is none: set use_spans to the number of spans, each of which is one more forward pass, or leave use "
+            "out"
+        )
     arguments = {name: value for name, value in options.items() if name != _ROLLOUTS}
     try:
         if "tags" in arguments:

@@ -21,13 +21,15 @@ from srpo_core import (
     CounterfactualResponses,
     RoleAdvantages,
     Segmentation,
+    SpanCounterfactuals,
     counterfactual_responses,
     segment_responses,
+    span_counterfactuals,
     srpo_advantages,
 )
 from srpo_core.rollouts import RolloutWriter
 from srpo_verl.options import check_config, rollouts_path
-from srpo_verl.views import source_tokens
+from srpo_verl.views import source_tokens, view_names
 from srpo_verl.worker import SRPOWorker
 
 __all__ = ["SRPOMixin", "SRPOTrainer"]
@@ -36,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 #: What a worker fetches for the extra passes.
 _ROW_FIELDS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "multi_modal_inputs")
-_VIEW_FIELDS = ("srpo_responses", "srpo_sources")
 
 
 class Rollouts(NamedTuple):
@@ -47,6 +48,7 @@ class Rollouts(NamedTuple):
     group_ids: Tensor
     segmentation: Segmentation
     changed: CounterfactualResponses
+    without: SpanCounterfactuals | None
 
 
 # The mixin reads what a trainer has.
@@ -54,7 +56,7 @@ _Trainer = PPOTrainer if TYPE_CHECKING else object
 
 
 class SRPOMixin(_Trainer):
-    """Give to a trainer of ``verl.trainer.ppo.v1``: two more passes a batch, then GRPO's advantages, weighted."""
+    """Give to a trainer of ``verl.trainer.ppo.v1``: its other passes a batch, then GRPO's advantages, weighted."""
 
     base_mode = "sync"
     _rollouts_path: str | None = None
@@ -121,16 +123,29 @@ class SRPOMixin(_Trainer):
             boundary=segmentation.boundary,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return Rollouts(token_ids, mask, group_ids, segmentation, changed)
+        without = None
+        if self.srpo_config.use_passes > 0:
+            without = span_counterfactuals(
+                token_ids,
+                segmentation.roles,
+                mask,
+                spans=self.srpo_config.use_passes,
+                boundary=segmentation.boundary,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return Rollouts(token_ids, mask, group_ids, segmentation, changed, without)
 
     def _score_views(self, batch: KVBatchMeta, rollouts: Rollouts) -> None:
         """Have the workers score every row in its other contexts; the results wait in the TransferQueue."""
-        changed = rollouts.changed
-        lengths = changed.attention_mask.sum(dim=1).tolist()
-        views = {"srpo_responses": changed.token_ids, "srpo_sources": source_tokens(changed)}
-        fields = TensorDict({key: _nested(value, lengths) for key, value in views.items()}, batch_size=len(batch))
+        without = () if rollouts.without is None else rollouts.without.responses
+        views = {}
+        for names, changed in zip(view_names(self.srpo_config), (rollouts.changed, *without), strict=True):
+            lengths = changed.attention_mask.sum(dim=1).tolist()
+            views[names.responses] = _nested(changed.token_ids, lengths)
+            views[names.sources] = _nested(source_tokens(changed), lengths)
+        fields = TensorDict(views, batch_size=len(batch))
         stored = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
-        wanted = [*_ROW_FIELDS, *_VIEW_FIELDS]
+        wanted = [*_ROW_FIELDS, *views]
         rows = KVBatchMeta(
             keys=batch.keys,
             tags=batch.tags,
@@ -152,11 +167,10 @@ class SRPOMixin(_Trainer):
 
     def _weight_advantages(self, batch: KVBatchMeta, rollouts: Rollouts, metrics: dict[str, Any]) -> KVBatchMeta:
         old_key = "srpo_original_log_probs" if self._old_log_probs_are_the_rollouts else "old_log_probs"
-        keys = (old_key, "srpo_corrupted_log_probs", "srpo_counterfactual_log_probs", "srpo_images")
-        data = self._get(batch, *keys, "advantages", "response_mask")
-        old, corrupted, counterfactual, advantages = (
-            data[key].to_padded_tensor(0.0).float() for key in (*keys[:3], "advantages")
-        )
+        keys = (old_key, "srpo_corrupted_log_probs", *(view.log_probs for view in view_names(self.srpo_config)))
+        data = self._get(batch, *keys, "srpo_images", "advantages", "response_mask")
+        old, corrupted, counterfactual, *spans = (data[key].to_padded_tensor(0.0).float() for key in keys)
+        advantages = data["advantages"].to_padded_tensor(0.0).float()
         # Nested, as TransferQueue returns whatever has more than one number a row.
         images, same = torch.stack(data["srpo_images"].unbind()).unbind(dim=1)
         if images.any() and torch.equal(images, same):
@@ -170,14 +184,18 @@ class SRPOMixin(_Trainer):
         # Where there is no image the contrast is 0, not the noise between two passes.
         corrupted = torch.where(images[:, None] > 0, corrupted, old)
         counterfactual = rollouts.changed.carry_back(counterfactual, old)
+        roles, use = rollouts.segmentation.roles, None
+        if rollouts.without is not None:
+            use = rollouts.without.use(spans, old, roles, mask, clip=self.srpo_config.score_clip)
         credit = srpo_advantages(
             old,
             corrupted,
             counterfactual,
-            rollouts.segmentation.roles,
+            roles,
             _of_response(advantages, mask),
             mask,
             broken=rollouts.segmentation.broken,
+            perception_use=use,
             **self.srpo_config.advantage_options(step=self.global_steps),
         )
         if self._rollouts_path is not None:

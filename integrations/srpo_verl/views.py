@@ -13,11 +13,42 @@ from torch import Tensor
 
 from srpo_core import CounterfactualResponses, SRPOConfig, corrupt_pixel_values
 
-__all__ = ["ImageFacts", "corrupt_rows", "image_facts", "moved_positions", "prompt_id", "source_tokens"]
+__all__ = [
+    "ImageFacts",
+    "ViewNames",
+    "corrupt_rows",
+    "image_facts",
+    "moved_positions",
+    "prompt_id",
+    "source_tokens",
+    "view_names",
+]
 
 _PIXELS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 # One entry per token of the sequence, so they would have to change with the response.
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+
+
+class ViewNames(NamedTuple):
+    """What the fields of changed responses are called on their way to the workers, and that of their log-probs."""
+
+    responses: str
+    sources: str
+    log_probs: str
+
+
+def view_names(config: SRPOConfig) -> list[ViewNames]:
+    """The changed responses that are scored: the counterfactual perception, then each span left out for a use score.
+
+    Example:
+        >>> [view.log_probs for view in view_names(SRPOConfig(use_spans=1))]
+        ['srpo_counterfactual_log_probs', 'srpo_span_0_log_probs']
+    """
+    spans = [f"srpo_span_{k}" for k in range(config.use_passes)]
+    return [
+        ViewNames("srpo_responses", "srpo_sources", "srpo_counterfactual_log_probs"),
+        *(ViewNames(f"{span}_responses", f"{span}_sources", f"{span}_log_probs") for span in spans),
+    ]
 
 
 class ImageFacts(NamedTuple):

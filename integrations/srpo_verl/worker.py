@@ -13,7 +13,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested
 
 from srpo_core import SRPOConfig, corrupt_pixel_values
-from srpo_verl.views import corrupt_rows, image_facts, moved_positions, refuse_per_token_inputs
+from srpo_verl.views import ViewNames, corrupt_rows, image_facts, moved_positions, refuse_per_token_inputs, view_names
 
 __all__ = ["SRPOWorker", "changed_rows"]
 
@@ -50,13 +50,15 @@ class SRPOWorker(ActorRolloutRefWorker):
         """Log-probs of this rank's rows, each under ``srpo_*_log_probs``, [rows, response tokens].
 
         Args:
-            data: verl's rows, and ``srpo_responses`` and ``srpo_sources``: the changed responses. Beside them
-                ``srpo_step``, and ``srpo_original``: whether the unchanged rows are scored too.
+            data: verl's rows, and ``srpo_responses`` and ``srpo_sources``: the changed responses; for a use score the
+                same of each span of the perception, left out. Beside them ``srpo_step``, and ``srpo_original``: whether
+                the unchanged rows are scored too.
         """
         step, with_original = tu.pop(data, "srpo_step"), tu.pop(data, "srpo_original")
         tu.maybe_fix_3d_position_ids(data)
         images, counts = self._corrupted(data, step)
-        with_changed = changed_rows(data)
+        counterfactual, *spans = view_names(self.srpo_config)
+        with_changed = changed_rows(data, counterfactual)
         if self.srpo_config.counterfactual_image == "corrupted":
             with_changed["multi_modal_inputs"] = NonTensorStack(*images)
         corrupted = data.clone(recurse=False)
@@ -64,7 +66,8 @@ class SRPOWorker(ActorRolloutRefWorker):
         # Every rank runs the same passes in the same order, whatever its rows hold: the engine's collectives match.
         outputs = {
             "srpo_corrupted_log_probs": self._score(corrupted),
-            "srpo_counterfactual_log_probs": self._score(with_changed),
+            counterfactual.log_probs: self._score(with_changed),
+            **{view.log_probs: self._score(changed_rows(data, view)) for view in spans},
         }
         if with_original:
             outputs["srpo_original_log_probs"] = self._score(data)
@@ -90,15 +93,15 @@ def multi_modal_rows(data: TensorDict) -> list[dict[str, Any]]:
     return [(row.data if isinstance(row, NonTensorData) else row) or {} for row in data["multi_modal_inputs"]]
 
 
-def changed_rows(data: TensorDict) -> TensorDict:
-    """The rows with ``srpo_responses`` in the place of their responses, as verl would have made them."""
+def changed_rows(data: TensorDict, view: ViewNames) -> TensorDict:
+    """The rows with the view's responses in the place of their own, as verl would have made them."""
     data = data.clone(recurse=False)
-    prompts, responses = data["prompts"].unbind(), data["srpo_responses"].unbind()
-    rows = zip(data["position_ids"].unbind(), prompts, data["srpo_sources"].unbind(), strict=True)
+    prompts, responses = data["prompts"].unbind(), data[view.responses].unbind()
+    rows = zip(data["position_ids"].unbind(), prompts, data[view.sources].unbind(), strict=True)
     mask = _nested([torch.ones_like(response) for response in responses])
     data.update(
         {
-            "responses": data["srpo_responses"],
+            "responses": data[view.responses],
             "response_mask": mask,
             "loss_mask": mask,
             "input_ids": _nested([torch.cat(pair) for pair in zip(prompts, responses, strict=True)]),

@@ -27,7 +27,9 @@ from srpo_core import (
     RoleTags,
     SRPOConfig,
     corrupt_pixel_values,
+    perception_spans,
     segment_responses,
+    span_use,
     srpo_advantages,
 )
 from srpo_core.commands import app
@@ -225,7 +227,25 @@ def one_by_one(setting, samples, config):
         carried[len(carried) - len(after) :] = scored[len(scored) - len(after) :]
         counterfactual.append(carried)
 
+    # Each span of the perception taken out, under the true image.
+    without = [[] for _ in range(config.use_spans)]
+    spans = [torch.full((len(ids) - 1,), -1) for ids in sequences]
+    for row, (ids, image) in enumerate(zip(sequences, images, strict=True)):
+        content = torch.zeros(1, len(ids)).bool()
+        content[0, contents[row]] = True
+        for k in range(config.use_spans):
+            number = perception_spans(content.int() * int(Role.PERCEPTION), content, spans=config.use_spans)[0]
+            spans[row] = number[1:]
+            carried = original[row].clone()
+            if (number == k).any():
+                scored = setting.score(ids[number != k], image)
+                after = len(ids) - 1 - int((number == k).nonzero().max())
+                carried[len(carried) - after :] = scored[len(scored) - after :]
+            without[k].append(carried)
+
     return SimpleNamespace(
+        spans=torch.nn.utils.rnn.pad_sequence(spans, batch_first=True, padding_value=-1),
+        without=[_padded(rows) for rows in without],
         original=_padded(original),
         corrupted=_padded(corrupted),
         counterfactual=_padded(counterfactual),
@@ -255,9 +275,10 @@ def test_the_installed_openrlhf_has_what_the_adapter_hooks():
     assert hasattr(PolicyModelActor.__ray_metadata__.modified_class, "get_checkpoint_states")
 
 
-def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked):
+@pytest.mark.parametrize("use_spans", [0, 2])
+def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked, use_spans):
     stock = made(vision, rollout(vision))
-    hooked(SRPOConfig(strength=0.0))
+    hooked(SRPOConfig(strength=0.0, use_spans=use_spans))
     ours = made(vision, rollout(vision))
     for one, other in zip(stock, ours, strict=True):
         for name in ("advantages", "returns", "action_log_probs", "sequences", "action_mask"):
@@ -270,6 +291,8 @@ def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked):
         SRPOConfig(),
         SRPOConfig(counterfactual="drop", baseline="role_balanced"),
         SRPOConfig(counterfactual_image="corrupted", corruption="noise", seed=3, sign="advantage", scale="batch_rms"),
+        SRPOConfig(use_spans=2),
+        SRPOConfig(use_spans=20, use="share", counterfactual_image="corrupted"),  # more than tokens
     ],
 )
 def test_log_probs_and_weights_are_those_of_one_response_at_a_time(vision, hooked, monkeypatch, config):
@@ -287,9 +310,23 @@ def test_log_probs_and_weights_are_those_of_one_response_at_a_time(vision, hooke
 
     advantages = _padded([single.advantages for single in stock])
     per_response = advantages.gather(1, alone.mask.int().argmax(1, keepdim=True)).squeeze(1)
+    use = None
+    if config.use_spans:
+        use = span_use(alone.original, torch.stack(alone.without), alone.spans, alone.roles, alone.mask)
+        assert error(scores.perception_use, use) < 1e-4
+        assert error(use, torch.ones(())) > 0.1
     weight_errors = []
     for contexts in (log_probs, corrupted, counterfactual), (alone.original, alone.corrupted, alone.counterfactual):
-        credit = srpo_advantages(*contexts, alone.roles, per_response, alone.mask, **config.advantage_options(step=0))
+        options = config.advantage_options(step=0)
+        used = scores.perception_use if contexts[0] is log_probs else use
+        credit = srpo_advantages(
+            *contexts,
+            alone.roles,
+            per_response,
+            alone.mask,
+            perception_use=used if config.use_spans else None,
+            **options,
+        )
         weight_errors.append(error(_padded([single.advantages for single in ours]), advantages * credit.weights))
     print(f"log-probs within {max(log_prob_errors):.1e} nats; weights within {weight_errors}")
     assert max(log_prob_errors) < 1e-5
@@ -298,15 +335,27 @@ def test_log_probs_and_weights_are_those_of_one_response_at_a_time(vision, hooke
     assert error(credit.weights, torch.ones(())) > 0.05, "the contrasts are too small to show an error"
 
 
+def test_no_pass_more_than_is_asked_for(vision, hooked):
+    def passes(config, **options):
+        before = vision.passes
+        hooked(config)
+        made(vision, rollout(vision, **options))
+        return vision.passes - before
+
+    assert passes(SRPOConfig()) == 3  # OpenRLHF's own, and two
+    assert passes(SRPOConfig(use_spans=4)) == 7
+    assert passes(SRPOConfig(use_spans=4, strength=0.0)) == 3  # every weight is 1 anyway
+
+
 def test_packed_text_is_scored_as_one_response_at_a_time(folder, hooked, monkeypatch):
     packed = Setting(folder / "text", packed=True)
-    config = SRPOConfig()
+    config = SRPOConfig(use_spans=2)
     hooked(config)
     ours, scores = scores_of(packed, rollout(packed), monkeypatch)
     alone = one_by_one(Setting(folder / "text"), rollout(packed), config)
     difference = scores.counterfactual_log_probs - alone.counterfactual
     assert torch.where(alone.mask, difference, 0.0).abs().max() < 1e-5
-    # No image, so one more pass and not two, and no score for perceptions.
+    # No image, so one more pass and not two, and no score for perceptions that their use could change.
     assert packed.passes == 2
     assert scores.corrupted_log_probs is None
     assert all(single.info["srpo/score/perception/mean"] == 0 for single in ours)
@@ -344,7 +393,7 @@ def test_a_response_without_tokens_is_left_alone(vision, hooked):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, PROMPTS * SAMPLES])
 def test_weights_do_not_depend_on_micro_batches(vision, hooked, micro_batch_size):
-    hooked(SRPOConfig(scale="batch_rms"))
+    hooked(SRPOConfig(scale="batch_rms", use_spans=2))
     one = made(vision, rollout(vision))
     other = made(vision, rollout(vision), micro_batch_size=micro_batch_size)
     for left, right in zip(one, other, strict=True):

@@ -80,6 +80,11 @@ def test_the_file_for_rollouts_is_an_option_of_its_own():
     assert parse_options(["--srpo.rollouts", "a.jsonl", "--seed", "1"]) == (SRPOConfig(), "a.jsonl", ["--seed", "1"])
 
 
+def test_the_use_score_is_an_option():
+    config, _, _ = parse_options(["--srpo.use_spans", "4", "--srpo.use", "share"])
+    assert config == SRPOConfig(use_spans=4, use="share")
+
+
 def test_tags_are_options():
     config, _, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
     assert config.tags == RoleTags(perception=("<see>", "</see>"), answer=None)
@@ -94,6 +99,9 @@ def test_tags_are_options():
         (["--srpo.corruption", "black", "--srpo.corruption_strength", "0.5"], "has no meaning for kind='black'"),
         (["--srpo.perception_tags", "<think>", "</see>"], "'<think>'"),
         (["--srpo.answer_tags", "<answer>"], "answer must be two non-empty strings"),
+        (["--srpo.use_spans", "-1"], "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
+        (["--srpo.use_spans", "1.5"], "invalid int value: '1.5'"),
+        (["--srpo.use", "sum"], "invalid choice: 'sum'"),
     ],
 )
 def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
@@ -104,7 +112,7 @@ def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
 
 
 def test_options_reach_the_workers(monkeypatch):
-    config = SRPOConfig(tags=RoleTags(answer=None), strength=0.25, corruption_strength=0.5)
+    config = SRPOConfig(tags=RoleTags(answer=None), strength=0.25, corruption_strength=0.5, use_spans=3)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
     assert load_config() == config
 
@@ -130,6 +138,7 @@ def test_good_settings_pass():
         ({"visual_score": "full_kl"}, "pass log_ratio"),
         ({"consistency_score": "jsd"}, "pass log_ratio"),
         ({"scale": "ema_rms"}, "pass batch_rms"),
+        ({"use": "share"}, "pass --srpo.use_spans"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused(option, sentence):

@@ -12,6 +12,7 @@ SCENARIOS = {
     "groups_on_one_rank": {"num_generations": 4},
     "groups_over_both_ranks": {"num_generations": 8, "srpo_scale": "batch_rms"},
     "two_micro_batches": {"num_generations": 4, "gradient_accumulation_steps": 2, "srpo_scale": "ema_rms"},
+    "use_score": {"num_generations": 8, "srpo_use_spans": 3},
 }
 
 

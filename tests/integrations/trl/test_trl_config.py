@@ -43,10 +43,12 @@ def test_every_field_says_what_it_is():
 def test_fields_are_read_from_the_command_line(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--srpo_strength", "0.5", "--srpo_corruption", "blur"]
     arguments += ["--srpo_corruption_strength", "4", "--srpo_perception_tags", "<see>", "</see>"]
+    arguments += ["--srpo_use_spans", "4", "--srpo_use", "share"]
     (config,) = TrlParser(SRPOConfig).parse_args_and_config(arguments)
     options = config.srpo_options()
     assert (options.strength, options.corruption, options.corruption_strength) == (0.5, "blur", 4.0)
     assert options.tags.perception == ("<see>", "</see>")
+    assert (options.use_spans, options.use) == (4, "share")
 
 
 def test_fields_are_read_from_yaml(tmp_path):
@@ -73,6 +75,10 @@ def test_fields_are_read_from_yaml(tmp_path):
         ({"srpo_perception_tags": ["<think>", "</see>"]}, "each tag must mean one thing"),
         ({"importance_sampling_level": "sequence"}, "set importance_sampling_level='token'"),
         ({"srpo_mix": 2.0}, "mix must be in"),
+        ({"srpo_use_spans": -1}, "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
+        ({"srpo_use_spans": 1.5}, "use_spans must be a whole number of at least 0, got 1.5"),
+        ({"srpo_use_spans": 2, "srpo_use": "sum"}, "use must be one of 'product', 'share', got 'sum'"),
+        ({"srpo_use": "share"}, "srpo_use_spans=0 makes none: set srpo_use_spans to the number of spans"),
     ],
 )
 def test_a_wrong_option_is_refused_when_the_config_is_made(tmp_path, options, message):

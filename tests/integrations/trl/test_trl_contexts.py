@@ -9,7 +9,7 @@ from srpo_trl.trainer import MASK_IS_REMOVAL
 from tiny_vlm import FAMILIES, make_image
 from training import Rollouts, make_dataset, make_trainer, rollout_batch
 
-from srpo_core import Role, corrupt_pixel_values
+from srpo_core import Role, corrupt_pixel_values, span_use, srpo_advantages
 
 CORRUPTIONS = ["patch_mask", "black", "gray", "noise", "blur", "pixelate", "patch_shuffle", "other_image", "none"]
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -32,7 +32,9 @@ class Recorded:
         self.passes, self.credits = [], []
         score = type(trainer)._srpo_log_probs.__get__(trainer)
         trainer._srpo_log_probs = lambda *args: self.passes.append(score(*args)) or self.passes[-1]
-        trainer._srpo_log = lambda rollouts, credit, *rest: self.credits.append(credit)
+        trainer._srpo_log = lambda rollouts, credit, *rest: (
+            self.credits.append(credit) or setattr(self, "advantages", rollouts.advantages)
+        )
         rows = [row for row in self.dataset for _ in range(4)]
         self.batch = rollout_batch(trainer, rows)
         self.rows, self.responses = rows, trainer.rollout_func.completions
@@ -47,6 +49,20 @@ class Recorded:
     def with_perception(self, row, perception):
         start = 1  # after <perception>
         return [*self.responses[row][:start], *perception, *self.responses[row][start + len(self.perception(row)) :]]
+
+    def roles(self, row):
+        """Roles of a response's tokens, read off the tags."""
+        to_ids, roles, role = self.tokenizer.convert_tokens_to_ids, [], Role.OTHER
+        for token in self.responses[row]:
+            if token in to_ids(["<perception>", "<think>", "<answer>"]):
+                role = Role.PERCEPTION if token == to_ids("<perception>") else Role.REASONING
+                roles.append(Role.OTHER)
+            elif token in to_ids(["</perception>", "</think>", "</answer>", "<|im_end|>"]):
+                role = Role.OTHER
+                roles.append(role)
+            else:
+                roles.append(role)
+        return roles
 
     def donor(self, row):
         """The next row of the same prompt, in cyclic order, that sees something else; then the next of all."""
@@ -155,18 +171,8 @@ def test_weights_are_those_of_the_float64_reference(recorded):
     """From one-by-one log-probabilities and roles read off the tags, by an implementation with loops."""
     recorded.again(counterfactual="swap", corruption="patch_mask")
     credit = recorded.credits[0]
-    to_ids = recorded.tokenizer.convert_tokens_to_ids
     for row, response in enumerate(recorded.responses):
-        roles, role = [], Role.OTHER
-        for token in response:
-            if token in to_ids(["<perception>", "<think>", "<answer>"]):
-                role = Role.PERCEPTION if token == to_ids("<perception>") else Role.REASONING
-                roles.append(Role.OTHER)
-            elif token in to_ids(["</perception>", "</think>", "</answer>", "<|im_end|>"]):
-                role = Role.OTHER
-                roles.append(role)
-            else:
-                roles.append(role)
+        roles = recorded.roles(row)
         own = recorded.one_by_one(row, response).double()
         corrupted = recorded.one_by_one(row, response, "patch_mask").double()
         seen = recorded.perception(recorded.donor(row))
@@ -180,6 +186,47 @@ def test_weights_are_those_of_the_float64_reference(recorded):
         expected = torch.tensor(reference.weights(visual, consistency, [roles], real)[0])
         assert (credit.weights[row, : len(response)] - expected).abs().max() < 1e-4
         assert not credit.weights[row, len(response) :].any()
+
+
+@pytest.mark.parametrize(("spans", "use"), [(3, "product"), (7, "share")])  # 7: some perceptions are shorter
+def test_with_a_use_score_weights_are_the_cores_on_one_by_one_log_probs(recorded, spans, use):
+    """Each span of the perception taken out by hand; the image is the true one, whatever the counterfactual's is."""
+    recorded.again(
+        use_spans=spans, use=use, counterfactual="swap", counterfactual_image="corrupted", corruption="patch_mask"
+    )
+    credit, passes = recorded.credits[0], recorded.passes
+    recorded.again(use_spans=0, use="product", counterfactual_image="kept")
+    assert len(passes) == 3 + spans
+    roles = [recorded.roles(row) for row in range(8)]
+    numbers = reference.spans(roles, [[True] * len(row) for row in roles], spans)
+    own = [recorded.one_by_one(row, response) for row, response in enumerate(recorded.responses)]
+    corrupted, counterfactual, without = [], [], [[] for _ in range(spans)]
+    for row, response in enumerate(recorded.responses):
+        corrupted.append(recorded.one_by_one(row, response, "patch_mask"))
+        swapped = recorded.with_perception(row, recorded.perception(recorded.donor(row)))
+        tail = len(response) - len(recorded.perception(row)) - 1
+        scored = recorded.one_by_one(row, swapped, "patch_mask")
+        counterfactual.append(torch.cat([own[row][:-tail], scored[-tail:]]))
+        for k in range(spans):
+            kept = [t for t in range(len(response)) if numbers[row][t] != k]
+            alone = recorded.one_by_one(row, [response[t] for t in kept])
+            assert (passes[3 + k][row, : len(kept)] - alone).abs().max() <= TOLERANCE
+            carried = own[row].clone()
+            first = numbers[row].index(k) if k in numbers[row] else len(response)
+            for place, t in enumerate(kept):
+                if t > first:
+                    carried[t] = alone[place]
+            without[k].append(carried)
+
+    def padded(rows):
+        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+    mask, roles = padded([torch.ones(len(row)) for row in roles]).bool(), padded(roles)
+    owed = span_use(padded(own), torch.stack(list(map(padded, without))), padded(numbers), roles, mask)
+    views = (padded(own), padded(corrupted), padded(counterfactual), roles, recorded.advantages, mask)
+    expected = srpo_advantages(*views, perception_use=owed, use=use).weights
+    assert (credit.weights - expected).abs().max() < 1e-4
+    assert (expected - srpo_advantages(*views).weights).abs().max() > 0.1
 
 
 def test_masked_scores_are_dropped_scores_where_masking_is_allowed():

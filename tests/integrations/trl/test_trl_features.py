@@ -55,6 +55,7 @@ FEATURES = {
     "padding": {"pad_to_multiple_of": 16},
     "off_policy_masking": {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
     "tags_of_several_tokens": {"tags_as_tokens": False},
+    "use_score": {"srpo_use_spans": 3, "srpo_use": "share"},
 }
 
 
@@ -162,7 +163,9 @@ def before_and_after(monkeypatch):
 @pytest.mark.parametrize("counterfactual", ["swap", "drop", "mask"])
 def test_random_state_batch_and_modes_are_unchanged_by_the_hook(before_and_after, corruption, counterfactual):
     states, capture = before_and_after
-    trainer = make_trainer(srpo_corruption=corruption, srpo_counterfactual=counterfactual, num_iterations=2)
+    options = {"srpo_use_spans": 2} if counterfactual == "drop" else {}
+    options |= {"srpo_corruption": corruption, "srpo_counterfactual": counterfactual}
+    trainer = make_trainer(num_iterations=2, **options)
     frozen = next(module for module in trainer.model.modules() if type(module).__name__.endswith("Attention"))
     train_mode = trainer.model.train
     trainer.model.train = lambda mode=True: train_mode(mode) and frozen.eval() and trainer.model  # a frozen part stays
@@ -191,6 +194,10 @@ def test_passes_no_more_than_needed():
     assert passes() == 3
     assert passes(num_iterations=2) == 2  # TRL has scored the responses already
     assert passes(dataset=make_dataset(images_per_row=lambda row: 0), num_iterations=2) == 1
+    assert passes(srpo_use_spans=4) == 7
+    # Where it could change no weight, the use score is not made.
+    assert passes(srpo_use_spans=4, srpo_strength=0.0) == 3
+    assert passes(srpo_use_spans=4, dataset=make_dataset(images_per_row=lambda row: 0)) == 2
 
 
 def test_old_log_probs_are_not_reused_where_dropout_made_them_random():

@@ -21,9 +21,9 @@ def train(folder, *, steps=2, **options):
     return path, batches, trainer
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.0])
-def test_every_training_batch_is_in_the_file_as_it_was_trained_on(tmp_path, strength):
-    path, batches, trainer = train(tmp_path, srpo_strength=strength)
+@pytest.mark.parametrize("options", [{}, {"srpo_strength": 0.0}, {"srpo_use_spans": 2}])
+def test_every_training_batch_is_in_the_file_as_it_was_trained_on(tmp_path, options):
+    path, batches, trainer = train(tmp_path, **options)
     written = list(read_rollouts(path))
     assert len(batches) == 2
     assert len(written) == sum(len(rollouts.mask) for rollouts, *_ in batches)

@@ -11,7 +11,7 @@ from srpo_verl.views import corrupt_rows, image_facts
 from transformers import Qwen2_5_VLForConditionalGeneration
 from verl.utils.tokenizer import hf_processor
 from verl_harness import rollouts, tiny_vlm
-from verl_harness.alone import changed_alone, padded, score_alone
+from verl_harness.alone import changed_alone, padded, score_alone, spans_alone, use_alone
 
 from srpo_core import SRPOConfig, srpo_advantages
 
@@ -28,6 +28,7 @@ DRIVER_MAY_SEE = {
     "srpo_counterfactual_log_probs",
     "srpo_images",
     "advantages",
+    *(f"srpo_span_{k}_{name}" for k in range(2) for name in ("responses", "sources", "log_probs")),
 }
 
 
@@ -75,6 +76,10 @@ def check_weights(folder, step, config, tokenizer, old_key):
         )
     )
     has_image = torch.tensor([bool(row["multi_modal_inputs"]) for row in rows])
+    use = None
+    if config.use_spans > 0:
+        passes = [padded([row[f"srpo_span_{k}_log_probs"] for row in rows]) for k in range(config.use_spans)]
+        use = use_alone(old, passes, spans_alone(segmentation, rows, config.use_spans), segmentation.roles, final)
     expected = srpo_advantages(
         old,
         torch.where(has_image[:, None], corrupted, old),
@@ -82,6 +87,7 @@ def check_weights(folder, step, config, tokenizer, old_key):
         segmentation.roles,
         plain.gather(1, final.int().argmax(1, keepdim=True))[:, 0],
         final,
+        perception_use=use,
         **config.advantage_options(step=step),
     )
     moves = final & (plain != 0)
@@ -97,15 +103,23 @@ def check_weights(folder, step, config, tokenizer, old_key):
 def check_log_probs(folder, config, model, processor, old_key):
     """The first step's log-probs are those of each row alone, unpadded, positions computed anew."""
     rows = load_record(folder, 1)
-    _, changed = changed_alone(rows, processor.tokenizer, config)
+    segmentation, changed = changed_alone(rows, processor.tokenizer, config)
+    spans = spans_alone(segmentation, rows, max(config.use_spans, 1))
     images = [row["multi_modal_inputs"] for row in rows]
     facts = image_facts(processor)
     corrupted, _ = corrupt_rows(images, [row["prompts"] for row in rows], config, facts, step=1)
-    worst = dict.fromkeys((old_key, "srpo_corrupted_log_probs", "srpo_counterfactual_log_probs"), 0.0)
+    span_keys = [f"srpo_span_{k}" for k in range(config.use_spans)]
+    keys = (old_key, "srpo_corrupted_log_probs", "srpo_counterfactual_log_probs")
+    worst = dict.fromkeys((*keys, *(f"{key}_log_probs" for key in span_keys)), 0.0)
     for number, row in enumerate(rows):
         response = changed.token_ids[number][changed.attention_mask[number]]
         assert torch.equal(response, row["srpo_responses"])
-        views = ({}, {"pixels": corrupted[number]}, {"response": response})
+        views = [{}, {"pixels": corrupted[number]}, {"response": response}]
+        for k, key in enumerate(span_keys):
+            sampled = len(row["responses"]) * (not row["is_padding"])
+            without = row["responses"][:sampled][spans[number, :sampled] != k]
+            assert torch.equal(without, row[f"{key}_responses"])
+            views.append({"response": without})
         for key, view in zip(worst, views, strict=True):
             alone = score_alone(model, processor, row, **view)
             if len(alone):
@@ -163,7 +177,7 @@ def main(work):
     check_parity(work, "zero_one", "grpo_one")
     check_parity(work, "zero_two", "grpo_two")
     check_difference(work, "srpo_one", "grpo_one")
-    swap, drop = SRPOConfig(), SRPOConfig(counterfactual="drop")
+    swap, drop = SRPOConfig(), SRPOConfig(counterfactual="drop", use_spans=2)
     for step in (1, 2):
         check_weights(one, step, swap, processor.tokenizer, "old_log_probs")
         check_weights(two, step, drop, processor.tokenizer, "srpo_original_log_probs")

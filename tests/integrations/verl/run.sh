@@ -42,15 +42,15 @@ train() { # NAME MODE WORKERS [overrides...]
 
 SRPO_VERL_RECORD=$work/record_one train srpo_one srpo 1 +algorithm.srpo.strength=1 \
   +algorithm.srpo.rollouts="$work/rollouts.jsonl"
-train zero_one srpo 1 +algorithm.srpo.strength=0
+train zero_one srpo 1 +algorithm.srpo.strength=0 +algorithm.srpo.use_spans=2
 train grpo_one sync 1
 # Two workers, uneven groups (so verl pads the batch), importance sampling against the rollout engine.
 correction=algorithm.rollout_correction
 train zero_two srpo 2 +scripted_uneven=true $correction.rollout_is=token +algorithm.srpo.strength=0
 train grpo_two sync 2 +scripted_uneven=true $correction.rollout_is=token
-# The same, old log-probs taken from the rollout engine, the perception dropped.
+# The same, old log-probs taken from the rollout engine, the perception dropped, and a use score.
 SRPO_VERL_RECORD=$work/record_two train srpo_two srpo 2 +scripted_uneven=true $correction.bypass_mode=true \
-  +algorithm.srpo.counterfactual=drop
+  +algorithm.srpo.counterfactual=drop +algorithm.srpo.use_spans=2
 train wrong_option srpo 1 +algorithm.srpo.strenght=1
 SRPO_VERL_FAIL_WORKER=1 train failing_worker srpo 1
 

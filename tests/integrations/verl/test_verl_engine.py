@@ -39,7 +39,7 @@ from verl.workers.config import (
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl_harness import rollouts, tiny_vlm
-from verl_harness.alone import changed_alone, padded, score_alone
+from verl_harness.alone import changed_alone, padded, score_alone, spans_alone, use_alone
 
 from srpo_core import SRPOConfig, grpo_loss, srpo_advantages
 from srpo_core.commands import app
@@ -274,6 +274,38 @@ def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
     assert moved == 13  # all but the two broken ones
 
 
+def test_responses_without_a_span_score_as_they_do_alone(parts, run_step):
+    """The image is the true one, whatever the counterfactual's is."""
+    step = run_step("+algorithm.srpo.use_spans=3", "+algorithm.srpo.counterfactual_image=corrupted")
+    segmentation, _ = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
+    spans, shortened = spans_alone(segmentation, step.rows, 3), 0
+    for number, row in enumerate(step.rows):
+        for k in range(3):
+            kept = (spans[number] != k)[: len(row["responses"])]
+            response = row["responses"][kept] if row["uid"] != "pad" else row["responses"][:0]
+            assert torch.equal(response, row[f"srpo_span_{k}_responses"])
+            alone = one_by_one(parts, row, response)
+            torch.testing.assert_close(row[f"srpo_span_{k}_log_probs"], alone, atol=1e-5, rtol=0)
+            shortened += row["uid"] != "pad" and len(response) < len(row["responses"])
+    assert shortened == 39  # all but the two broken ones, three times
+
+
+def test_no_pass_more_than_is_asked_for(run_step, monkeypatch):
+    passes, score = [], SRPOWorker._score
+    monkeypatch.setattr(SRPOWorker, "_score", lambda self, data: passes.append(1) or score(self, data))
+
+    def count(*overrides, workers=1):
+        passes.clear()
+        run_step(*overrides, workers=workers, changes=lambda key, row: {})
+        return len(passes)
+
+    assert count() == 2
+    assert count("+algorithm.srpo.use_spans=3") == 5
+    assert count("+algorithm.srpo.use_spans=3", workers=2) == 10
+    # Where every weight is 1 anyway, the use score is not made.
+    assert count("+algorithm.srpo.use_spans=3", "+algorithm.srpo.strength=0") == 2
+
+
 def test_tool_outputs_stay_as_context(parts, run_step):
     """Tokens of a response that the policy did not sample are read, and neither scored nor weighted."""
 
@@ -372,6 +404,38 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
         assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("spans", "use"), [(2, "product"), (5, "share")])
+def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use):
+    step = run_step(f"+algorithm.srpo.use_spans={spans}", f"+algorithm.srpo.use={use}")
+    plain, without = run_step(trainer_class=PlainTrainer), run_step()
+    segmentation, changed = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
+    roles, mask = segmentation.roles, mask_of(step.rows)
+    old, corrupted, counterfactual, *passes = (
+        padded([row[key] for row in step.rows])
+        for key in (
+            "old_log_probs",
+            "srpo_corrupted_log_probs",
+            "srpo_counterfactual_log_probs",
+            *(f"srpo_span_{k}_log_probs" for k in range(spans)),
+        )
+    )
+    has_image = torch.tensor([bool(row["multi_modal_inputs"]) for row in step.rows])[:, None]
+    expected = srpo_advantages(
+        old,
+        torch.where(has_image, corrupted, old),
+        changed.carry_back(counterfactual, old),
+        roles,
+        padded([row["advantages"] for row in plain.rows])[:, 0],
+        mask,
+        perception_use=use_alone(old, passes, spans_alone(segmentation, step.rows, spans), roles, mask),
+        use=use,
+    )
+    weighted = padded([row["advantages"] for row in step.rows])
+    torch.testing.assert_close(weighted, expected.advantages, atol=1e-6, rtol=0)
+    assert not torch.allclose(weighted, padded([row["advantages"] for row in without.rows]), atol=0.05)
+    assert not [field for field in step.meta.fields if field.startswith("srpo_")]
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.0])
 def test_the_rollouts_are_written_for_the_srpo_command(parts, run_step, tmp_path, strength):
     path = tmp_path / "rollouts.jsonl"
@@ -402,15 +466,17 @@ def test_the_rollouts_are_written_for_the_srpo_command(parts, run_step, tmp_path
         assert shown.exit_code == 0, (arguments, shown.output)
 
 
-def test_strength_zero_is_verls_grpo_bit_for_bit(run_step):
-    step, plain = run_step("+algorithm.srpo.strength=0"), run_step(trainer_class=PlainTrainer)
+@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.use_spans=2",)], ids=["srpo", "use score"])
+def test_strength_zero_is_verls_grpo_bit_for_bit(run_step, options):
+    step, plain = run_step("+algorithm.srpo.strength=0", *options), run_step(trainer_class=PlainTrainer)
     for weighted, row in zip(step.rows, plain.rows, strict=True):
         assert torch.equal(weighted["advantages"], row["advantages"])
         assert weighted["advantages"].dtype == row["advantages"].dtype
 
 
-def test_weights_do_not_depend_on_the_number_of_workers(run_step):
-    one, two = run_step(workers=1), run_step(workers=2)
+@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.use_spans=2",)], ids=["srpo", "use score"])
+def test_weights_do_not_depend_on_the_number_of_workers(run_step, options):
+    one, two = run_step(*options, workers=1), run_step(*options, workers=2)
     for alone, shared in zip(one.rows, two.rows, strict=True):
         torch.testing.assert_close(alone["advantages"], shared["advantages"], atol=1e-5, rtol=0)
     # Donors cross the workers' borders.
@@ -418,7 +484,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(run_step):
 
 
 def test_no_pixels_travel_through_the_driver(run_step):
-    step = run_step()
+    step = run_step("+algorithm.srpo.use_spans=1")
     ours = [fields for fields in step.watched if "rm_scores" not in fields]  # verl's own access
     assert len(ours) == 2
     for fields in ours:
@@ -430,6 +496,7 @@ def test_no_pixels_travel_through_the_driver(run_step):
             "old_log_probs",
             "srpo_corrupted_log_probs",
             "srpo_counterfactual_log_probs",
+            "srpo_span_0_log_probs",
             "srpo_images",
         }
 
@@ -462,8 +529,8 @@ def test_bypass_mode_never_contrasts_with_the_rollout_engine(run_step):
     def offset(key, row):
         return {"rollout_log_probs": row["rollout_log_probs"] - 3.0}
 
-    bypass = ["algorithm.rollout_correction.bypass_mode=true"]
-    weighted, usual = run_step(*bypass, changes=offset), run_step()
+    bypass, spans = ["algorithm.rollout_correction.bypass_mode=true"], "+algorithm.srpo.use_spans=2"
+    weighted, usual = run_step(*bypass, spans, changes=offset), run_step(spans)
     for row, other in zip(weighted.rows, usual.rows, strict=True):
         assert "srpo_original_log_probs" in row
         torch.testing.assert_close(row["advantages"], other["advantages"], atol=1e-5, rtol=0)
@@ -481,6 +548,7 @@ def test_rejection_leaves_mean_one_on_what_is_left(run_step):
         "algorithm.rollout_correction.rollout_rs=token_k1",
         "algorithm.rollout_correction.rollout_rs_threshold='0.5_2.0'",
         "algorithm.rollout_correction.rollout_is=token",
+        "+algorithm.srpo.use_spans=2",
     ]
     step = run_step(*options, changes=disagree)
     plain = run_step(*options, changes=disagree, trainer_class=PlainTrainer)

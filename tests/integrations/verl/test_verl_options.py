@@ -45,6 +45,8 @@ def test_options_reach_the_config():
     config = check_config(verl_config(**{"algorithm.srpo": options}))
     assert (config.strength, config.counterfactual) == (2, "drop")
     assert config.tags == RoleTags(perception=("<d>", "</d>"), answer=None)
+    config = check_config(verl_config(**{"algorithm.srpo": {"use_spans": 4, "use": "share"}}))
+    assert (config.use_spans, config.use) == (4, "share")
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
@@ -96,6 +98,11 @@ def test_settings_that_exclude_srpo_are_refused_by_name(changes, words):
         ({"strength": -1.0}, ["strength must be in", "-1.0"]),
         ({"strength": "strong"}, ["strength must be", "float", "strong"]),
         ({"corruption": "blurr"}, ["corruption must be one of", "blurr"]),
+        ({"use_spans": -1}, ["use_spans must be a whole number of at least 0, got -1", "pass 0 for no use score"]),
+        ({"use_spans": "many"}, ["use_spans must be a whole number", "'many'"]),
+        ({"use_spans": 2, "use": "sum"}, ["use must be one of 'product', 'share', got 'sum'"]),
+        ({"use": "share"}, ["algorithm.srpo.use='share'", "set use_spans to the number of spans"]),
+        ({"use": "share", "use_spans": 0}, ["set use_spans to the number of spans"]),
         ({"tags": ["<p>"]}, ["tags must map"]),
         ({"tags": {"perceptoin": ["<p>", "</p>"]}}, ["tags must map", "perceptoin"]),
         ({"tags": {"perception": "<p>"}}, ["perception must be two non-empty strings"]),

@@ -4,7 +4,16 @@ from typing import Any
 
 import torch
 
-from srpo_core import CounterfactualResponses, Segmentation, SRPOConfig, counterfactual_responses, segment_responses
+from srpo_core import (
+    CounterfactualResponses,
+    Role,
+    Segmentation,
+    SRPOConfig,
+    counterfactual_responses,
+    perception_spans,
+    segment_responses,
+    span_use,
+)
 from verl_harness import rollouts
 
 
@@ -48,3 +57,25 @@ def changed_alone(
         pad_token_id=tokenizer.pad_token_id,
     )
     return segmentation, changed
+
+
+def spans_alone(segmentation: Segmentation, rows: list[dict[str, Any]], count: int) -> torch.Tensor:
+    """The span of each perception token. None of the tiny tokenizer straddles a tag, and would stay."""
+    assert not (segmentation.boundary & (segmentation.roles == Role.PERCEPTION)).any()
+    sampled = padded([torch.ones_like(row["responses"]) for row in rows]).bool()
+    return perception_spans(segmentation.roles, sampled, spans=count)
+
+
+def use_alone(
+    log_probs: torch.Tensor, passes: list[torch.Tensor], spans: torch.Tensor, roles: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The use score, each pass carried back token by token: ``passes[k]`` holds the rows without their span k."""
+    without = log_probs.repeat(len(passes), 1, 1)
+    for k, scored in enumerate(passes):
+        for row, numbers in enumerate(spans.tolist()):
+            if k in numbers:
+                kept = [time for time, number in enumerate(numbers) if number != k]
+                for place, time in enumerate(kept[: scored.shape[1]]):
+                    if time > numbers.index(k):
+                        without[k, row, time] = scored[row, place]
+    return span_use(log_probs, without, spans, roles, mask)
