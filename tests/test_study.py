@@ -286,11 +286,11 @@ def test_readings_interfere_and_stray_words_do_not():
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def told(arm: str, rate: float, seed: int, conflict: float, mixture: float = 0.5) -> dict:
+def told(arm: str, rate: float, seed: int, grounded: float, aligned: float = 0.9) -> dict:
     return {
-        "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "conflict": conflict,
-        "grounded": 1 - conflict, "reward": conflict / 2, "mixture": mixture, "aligned": 0.9, "follows": 0.8,
-        "steps": [0, 10], "curve": [0.1, conflict], "steps_to_threshold": 100, "step_seconds": 0.1,
+        "world": "read", "arm": arm, "learning_rate": rate, "seed": seed, "grounded": grounded,
+        "conflict": 1 - grounded, "reward": grounded / 2, "mixture": 0.5, "aligned": aligned, "follows": 0.8,
+        "steps": [0, 10], "curve": [0.1, grounded], "steps_to_threshold": 100, "step_seconds": 0.1,
         "weights": {"asked": 1.0}, "interference": 1.0,
     }  # fmt: skip
 
@@ -304,25 +304,25 @@ def test_each_arm_is_compared_at_its_own_best_rate_seed_by_seed():
     grpo, use = compare(runs)
     assert (grpo["learning_rate"], use["learning_rate"]) == (1.0, 2.0)
     # All pairs differ alike, so no resampling can tell another mean.
-    assert use["against grpo"]["conflict"] == pytest.approx((0.1, 0.1, 0.1))
+    assert use["against grpo"]["grounded"] == pytest.approx((0.1, 0.1, 0.1))
     assert "against grpo" not in grpo
     assert "against placebo" not in use
 
 
 @pytest.mark.parametrize(
-    ("use", "placebo", "mixture", "expected"),
+    ("use", "placebo", "aligned", "expected"),
     [
-        (0.6, 0.5, 0.5, "gain"),
-        (0.6, 0.6, 0.5, "no gain: placebo alike"),
-        (0.6, 0.5, 0.48, "no gain: guard broken"),
-        (0.5, 0.4, 0.5, "no gain"),
-        (0.4, 0.3, 0.5, "worse than GRPO"),
-        (0.6, None, 0.5, "above GRPO; no placebo"),
+        (0.6, 0.5, 0.9, "gain"),
+        (0.6, 0.6, 0.9, "no gain: placebo alike"),
+        (0.6, 0.5, 0.88, "no gain: guard broken"),
+        (0.5, 0.4, 0.9, "no gain"),
+        (0.4, 0.3, 0.9, "worse than GRPO"),
+        (0.6, None, 0.9, "above GRPO; no placebo"),
     ],
 )
-def test_a_gain_needs_grpo_and_the_placebo_beaten_and_the_guard_held(use, placebo, mixture, expected):
+def test_a_gain_needs_grpo_and_the_placebo_beaten_and_the_guard_held(use, placebo, aligned, expected):
     runs = [told("grpo", 1.0, seed, 0.5) for seed in range(3)]
-    runs += [told("use", 1.0, seed, use, mixture) for seed in range(3)]
+    runs += [told("use", 1.0, seed, use, aligned) for seed in range(3)]
     if placebo is not None:
         runs += [told("placebo of use", 1.0, seed, placebo) for seed in range(3)]
     rows = {row["arm"]: row for row in compare(runs)}

@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-PRIMARY = "conflict"
-GUARD, GUARD_MARGIN = "mixture", 0.01
+PRIMARY = "grounded"
+GUARD, GUARD_MARGIN = "aligned", 0.01
 NUMBERS = {
-    PRIMARY: "greedy accuracy where the shortcut is wrong, mean over training",
-    "grounded": "the share of these answers that is right with a true perception",
+    PRIMARY: "right answers from true perceptions where the shortcut is wrong (greedy), mean over training",
+    "conflict": "right answers there, whatever was perceived, mean over training",
     "reward": "training reward, mean over training",
-    GUARD: "greedy accuracy on the training mixture at the end: the guard",
-    "aligned": "greedy accuracy where the shortcut is right, at the end",
-    "follows": "the share of answers that follow a perception overwritten by hand, at the end",
+    GUARD: "right answers where the shortcut is right, at the end: the guard",
+    "mixture": "right answers on the training mixture, at the end",
+    "follows": "answers that follow a perception overwritten by hand, at the end",
 }
 THRESHOLD = 0.6  # of the training reward, over ten steps
 # The Okabe-Ito colours, which differ to every kind of colour vision; arms beyond them are left out of the curves.
@@ -50,7 +50,7 @@ def tell(world: str, result: Run) -> dict[str, Any]:
         "follows": after["conflict"]["follows"],
         "steps_to_threshold": int(reached[0]) + 10 if len(reached) else len(result["rewards"]),
         "steps": [point["step"] for point in curve],
-        "curve": [round(point["conflict"], 4) for point in curve],
+        "curve": [round(point[PRIMARY], 4) for point in curve],
         "interference": result["interference"],
         "weights": {kind: round(weight, 4) for kind, weight in result["mean_weights"]["before"].items()},
         "step_seconds": round(result["step_seconds"], 4),
@@ -173,7 +173,7 @@ def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], p
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(worlds) :]:
         axes.set_axis_off()
-    panels[0].set_ylabel("greedy accuracy on conflict")
+    panels[0].set_ylabel("grounded accuracy on conflict")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
