@@ -1,6 +1,7 @@
 """The page in a real browser: filter, hover, select; light and dark; hostile text stays text."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -45,6 +46,7 @@ def browser(driver, page):
     driver.get_log("performance")
     driver.get(page.as_uri())
     yield driver
+    assert not re.search("null|undefined|NaN", driver.find_element("tag name", "body").text)
     # Nothing was asked of the network, nothing failed, nothing was blocked.
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -108,6 +110,7 @@ def test_the_overview_says_whether_weights_can_matter(driver, tmp_path, interfer
     assert note.startswith(words)
     assert note.endswith("; on 36 responses")
     assert texts(driver, "#unmeasured") == []
+    assert not re.search("null|undefined|NaN", driver.find_element("tag name", "main").text)
     rows = driver.execute_script(
         "const box = (n) => n.getBoundingClientRect(), all = box(document.getElementById('overview'));"
         "return [...document.querySelectorAll('.tile')].filter((t) => box(t).right > all.right - 3).length"
@@ -164,6 +167,24 @@ def test_hovering_a_token_shows_its_numbers(browser, page):
     assert f"{scored.rollout.old_log_probs[token]:.2f}".replace("-", "−") in tip.text
     ActionChains(browser).move_to_element(browser.find_element("tag name", "h1")).perform()
     assert not tip.is_displayed()
+    from selenium.webdriver.common.keys import Keys
+
+    browser.find_element("id", "heat").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert texts(browser, ".t.active") == [scored.rollout.pieces[1]]
+    assert f"× {scored.weights[1]:.3f}" in tip.text
+
+
+def test_a_word_is_not_torn_from_its_space(browser):
+    browser.find_element("id", "item-1").click()
+    browser.execute_script("document.getElementById('heat').style.width = '120px'")
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('.t')].map((t) => [t.textContent, t.getClientRects().length])"
+    )
+    words = [count for text, count in boxes if text.startswith(" ")]
+    assert len(words) > 2
+    assert set(words) == {1}
+    lines = "return new Set([...document.querySelectorAll('.t')].map((t) => t.getBoundingClientRect().bottom)).size"
+    assert browser.execute_script(lines) > 2
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -94,8 +94,8 @@ function drawShares() {
     bar("Tokens", metrics["tokens/perception/fraction"], metrics["tokens/reasoning/fraction"]),
     bar("Weight", metrics["weight/perception/mass"], metrics["weight/reasoning/mass"]),
     el("div", { class: "key" }, ["perception", "reasoning", "other"].map((role) => el("span", {}, el("i", { class: `bg-${role}` }), role))),
-    el("p", { class: "explain" }, "Each response keeps its total credit. Where the lower bar differs from the upper one, the weights moved credit between the roles."),
-    data.interference.figure ? null : el("p", { class: "explain", id: "unmeasured" }, `Whether weights can matter was ${data.interference.advice}.`));
+    el("p", { class: "explain" }, "Each response keeps its total credit. Where the lower bar differs from the upper one, the weights moved credit between the roles."));
+  if (!data.interference.figure) at("shares").append(el("p", { class: "explain", id: "unmeasured" }, `Whether weights can matter was ${data.interference.advice}.`));
 }
 
 function drawFormat() {
@@ -128,6 +128,7 @@ function drawQuadrants() {
   }
   at("quadrants").append(grid, el("p", { class: "explain" }, `Of ${plural(total, "response")} with a labelled perception. The score is the mean visual dependency, nats. Click a cell to see such responses.`));
   at("quadrants").hidden = false;
+  at("quadrants").parentElement.classList.add("labelled");
 }
 
 // Plots
@@ -317,7 +318,10 @@ function heatMap(row) {
     const classes = ["t", `h${shades[index]}`, row.roles[index]];
     if (token === "") classes.push("unseen");
     if (row.brokenToken === index) classes.push("fault");
-    map.append(el("span", { class: classes.join(" "), "data-token": index }, text));
+    // A word keeps its box in one piece: the line breaks before its space, not after.
+    const word = /^ \S{1,30}$/.test(text);
+    if (word) classes.push("word");
+    map.append(word ? el("wbr") : "", el("span", { class: classes.join(" "), "data-token": index }, text));
   });
   map.addEventListener("mouseover", (event) => { if (event.target.dataset.token) explain(row, event.target); });
   map.addEventListener("mouseleave", hush);
@@ -327,7 +331,7 @@ function heatMap(row) {
     if (!move) return;
     event.preventDefault();
     const active = map.querySelector(".active");
-    const next = map.children[Math.min(row.tokens.length - 1, Math.max(0, (active ? Number(active.dataset.token) : -1) + move))];
+    const next = map.querySelectorAll(".t")[Math.min(row.tokens.length - 1, Math.max(0, (active ? Number(active.dataset.token) : -1) + move))];
     if (next) explain(row, next);
   });
   return map;
