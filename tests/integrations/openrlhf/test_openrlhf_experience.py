@@ -291,7 +291,7 @@ def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked, use_spans):
         SRPOConfig(),
         SRPOConfig(counterfactual="drop", baseline="role_balanced"),
         SRPOConfig(counterfactual_image="corrupted", corruption="noise", seed=3, sign="advantage", scale="batch_rms"),
-        SRPOConfig(use_spans=2),
+        SRPOConfig(use_spans=2, score_clip=0.1),
         SRPOConfig(use_spans=20, use="share", counterfactual_image="corrupted"),  # more than tokens
     ],
 )
@@ -312,7 +312,8 @@ def test_log_probs_and_weights_are_those_of_one_response_at_a_time(vision, hooke
     per_response = advantages.gather(1, alone.mask.int().argmax(1, keepdim=True)).squeeze(1)
     use = None
     if config.use_spans:
-        use = span_use(alone.original, torch.stack(alone.without), alone.spans, alone.roles, alone.mask)
+        views = (alone.original, torch.stack(alone.without), alone.spans, alone.roles, alone.mask)
+        use = span_use(*views, clip=config.score_clip)
         assert error(scores.perception_use, use) < 1e-4
         assert error(use, torch.ones(())) > 0.1
     weight_errors = []

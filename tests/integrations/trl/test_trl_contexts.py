@@ -188,14 +188,13 @@ def test_weights_are_those_of_the_float64_reference(recorded):
         assert not credit.weights[row, len(response) :].any()
 
 
-@pytest.mark.parametrize(("spans", "use"), [(3, "product"), (7, "share")])  # 7: some perceptions are shorter
-def test_with_a_use_score_weights_are_the_cores_on_one_by_one_log_probs(recorded, spans, use):
+@pytest.mark.parametrize(("spans", "use", "clip"), [(3, "product", 0.1), (7, "share", 5.0)])  # some have fewer than 7
+def test_with_a_use_score_weights_are_the_cores_on_one_by_one_log_probs(recorded, spans, use, clip):
     """Each span of the perception taken out by hand; the image is the true one, whatever the counterfactual's is."""
-    recorded.again(
-        use_spans=spans, use=use, counterfactual="swap", counterfactual_image="corrupted", corruption="patch_mask"
-    )
+    contexts = {"counterfactual": "swap", "corruption": "patch_mask"}
+    recorded.again(use_spans=spans, use=use, score_clip=clip, counterfactual_image="corrupted", **contexts)
     credit, passes = recorded.credits[0], recorded.passes
-    recorded.again(use_spans=0, use="product", counterfactual_image="kept")
+    recorded.again(use_spans=0, use="product", score_clip=5.0, counterfactual_image="kept")
     assert len(passes) == 3 + spans
     roles = [recorded.roles(row) for row in range(8)]
     numbers = reference.spans(roles, [[True] * len(row) for row in roles], spans)
@@ -222,11 +221,14 @@ def test_with_a_use_score_weights_are_the_cores_on_one_by_one_log_probs(recorded
         return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
 
     mask, roles = padded([torch.ones(len(row)) for row in roles]).bool(), padded(roles)
-    owed = span_use(padded(own), torch.stack(list(map(padded, without))), padded(numbers), roles, mask)
+    passes = torch.stack([padded(rows) for rows in without])
+    owed = span_use(padded(own), passes, padded(numbers), roles, mask, clip=clip)
     views = (padded(own), padded(corrupted), padded(counterfactual), roles, recorded.advantages, mask)
-    expected = srpo_advantages(*views, perception_use=owed, use=use).weights
+    expected = srpo_advantages(*views, perception_use=owed, use=use, score_clip=clip).weights
     assert (credit.weights - expected).abs().max() < 1e-4
-    assert (expected - srpo_advantages(*views).weights).abs().max() > 0.1
+    for wrong in (None, span_use(padded(own), passes, padded(numbers), roles, mask, clip=0.02)):
+        other = srpo_advantages(*views, perception_use=wrong, use=use, score_clip=clip).weights
+        assert (expected - other).abs().max() > 0.01
 
 
 def test_masked_scores_are_dropped_scores_where_masking_is_allowed():

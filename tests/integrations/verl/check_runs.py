@@ -79,7 +79,8 @@ def check_weights(folder, step, config, tokenizer, old_key):
     use = None
     if config.use_spans > 0:
         passes = [padded([row[f"srpo_span_{k}_log_probs"] for row in rows]) for k in range(config.use_spans)]
-        use = use_alone(old, passes, spans_alone(segmentation, rows, config.use_spans), segmentation.roles, final)
+        spans = spans_alone(segmentation, rows, config.use_spans)
+        use = use_alone(old, passes, spans, segmentation.roles, final, config)
     expected = srpo_advantages(
         old,
         torch.where(has_image[:, None], corrupted, old),

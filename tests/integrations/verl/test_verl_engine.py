@@ -404,9 +404,10 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
         assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("spans", "use"), [(2, "product"), (5, "share")])
-def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use):
-    step = run_step(f"+algorithm.srpo.use_spans={spans}", f"+algorithm.srpo.use={use}")
+@pytest.mark.parametrize(("spans", "use", "clip"), [(2, "product", 0.05), (5, "share", 5.0)])
+def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use, clip):
+    config = SRPOConfig(use_spans=spans, use=use, score_clip=clip)
+    step = run_step(*(f"+algorithm.srpo.{name}={getattr(config, name)}" for name in ("use_spans", "use", "score_clip")))
     plain, without = run_step(trainer_class=PlainTrainer), run_step()
     segmentation, changed = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
     roles, mask = segmentation.roles, mask_of(step.rows)
@@ -427,8 +428,8 @@ def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use):
         roles,
         padded([row["advantages"] for row in plain.rows])[:, 0],
         mask,
-        perception_use=use_alone(old, passes, spans_alone(segmentation, step.rows, spans), roles, mask),
-        use=use,
+        perception_use=use_alone(old, passes, spans_alone(segmentation, step.rows, spans), roles, mask, config),
+        **config.advantage_options(step=1),
     )
     weighted = padded([row["advantages"] for row in step.rows])
     torch.testing.assert_close(weighted, expected.advantages, atol=1e-6, rtol=0)

@@ -67,7 +67,12 @@ def spans_alone(segmentation: Segmentation, rows: list[dict[str, Any]], count: i
 
 
 def use_alone(
-    log_probs: torch.Tensor, passes: list[torch.Tensor], spans: torch.Tensor, roles: torch.Tensor, mask: torch.Tensor
+    log_probs: torch.Tensor,
+    passes: list[torch.Tensor],
+    spans: torch.Tensor,
+    roles: torch.Tensor,
+    mask: torch.Tensor,
+    config: SRPOConfig,
 ) -> torch.Tensor:
     """The use score, each pass carried back token by token: ``passes[k]`` holds the rows without their span k."""
     without = log_probs.repeat(len(passes), 1, 1)
@@ -78,4 +83,4 @@ def use_alone(
                 for place, time in enumerate(kept[: scored.shape[1]]):
                     if time > numbers.index(k):
                         without[k, row, time] = scored[row, place]
-    return span_use(log_probs, without, spans, roles, mask)
+    return span_use(log_probs, without, spans, roles, mask, clip=config.score_clip)
