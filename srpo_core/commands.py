@@ -86,6 +86,7 @@ def show(
     errors: list[RolloutError] = []
     found = next(islice(_read(file, errors, strict=strict), index, None), None)
     if found is None:
+        _name(errors)
         _stop(f"{file} has fewer than {index + 1} readable responses")
     scored = next(score_rollouts([found]))
     _print_response(scored, index, by=by, table=table or out.color_system is None)
@@ -238,8 +239,7 @@ def _summarize(files: list[Path], options: CreditOptions, *, strict: bool, worke
         except RolloutError as error:
             _stop(str(error))
     if not len(summary):
-        for error in summary.errors[:_SHOWN_ERRORS]:
-            err.print(_safe(str(error)), soft_wrap=True)
+        _name(summary.errors)
         _stop("there are no readable responses in " + ", ".join(map(str, files)))
     return summary
 
@@ -257,11 +257,15 @@ def _finish(errors: list[RolloutError], count: int | None = None) -> None:
     if not count:
         return
     err.print(Text(f"\n{count:,} malformed {'line' if count == 1 else 'lines'} left out:", style="bold red"))
-    for error in errors[:_SHOWN_ERRORS]:
-        err.print(_safe(f"  {error}"), soft_wrap=True)
+    _name(errors, "  ")
     if count > _SHOWN_ERRORS:
         err.print(Text(f"  and {count - _SHOWN_ERRORS:,} more"))
     raise typer.Exit(1)
+
+
+def _name(errors: list[RolloutError], indent: str = "") -> None:
+    for error in errors[:_SHOWN_ERRORS]:
+        err.print(_safe(f"{indent}{error}"), soft_wrap=True)
 
 
 def _stop(message: str) -> NoReturn:
@@ -432,15 +436,17 @@ def _print_overview(summary: Summary) -> None:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("responses", f"{len(summary):,} of {int(summary.columns['tokens'].sum()):,} tokens")
     if "right/fraction" in metrics:
-        table.add_row("right answers", f"{metrics['right/fraction']:.1%}")
-    table.add_row("well-formed", f"{1 - metrics['broken/fraction']:.1%}")
+        table.add_row("right answers", _percent(metrics["right/fraction"], 1))
+    table.add_row("well-formed", _percent(1 - metrics["broken/fraction"], 1))
     for name in ROLE_NAMES.values():
         of = [metrics[f"weight/{name}/{key}"] for key in ("mass", "mean", "p05", "p95")]
         share = metrics[f"tokens/{name}/fraction"]
         table.add_row(
-            name, f"{of[0]:.1%} of the weight on {share:.1%} of the tokens; 90 % in {of[2]:.2f} to {of[3]:.2f}"
+            name,
+            f"{_percent(of[0], 1)} of the weight on {_percent(share, 1)} of the tokens; "
+            f"90 % in {of[2]:.2f} to {of[3]:.2f}",
         )
-    table.add_row("effective tokens", f"{metrics['tokens/effective_fraction']:.1%} of the weighted ones")
+    table.add_row("effective tokens", f"{_percent(metrics['tokens/effective_fraction'], 1)} of the weighted ones")
     if "advantage/cosine" in metrics:
         table.add_row("cosine to GRPO", f"{metrics['advantage/cosine']:.4f}")
     table.add_row("interference", "; ".join(filter(None, interference_in_words(metrics.get("interference")))))

@@ -85,6 +85,8 @@ def test_a_file_with_nothing_to_read_is_an_error(command, tmp_path):
         assert "0 of 0 responses parse" in srpo("segment", empty).stdout
     else:
         assert "readable responses" in srpo(*COMMANDS[command](empty), code=1).stderr
+    empty.write_text('{"token": []}')
+    assert f"{empty}, line 1: 'token' is no field" in srpo(*COMMANDS[command](empty), code=1).stderr
     missing = tmp_path / "missing.jsonl"
     assert "does not exist" in srpo(*COMMANDS[command](missing), code=2).output
 

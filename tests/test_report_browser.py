@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from rollout_files import HOSTILE, write_rollouts
+from rollout_files import HOSTILE, add_malformed, write_rollouts
 
 from srpo_core.report import report_files
 from srpo_core.report.colors import REACH, SCALES, TEXT, weight_shade
@@ -116,6 +116,19 @@ def test_the_overview_says_whether_weights_can_matter(driver, tmp_path, interfer
         "return [...document.querySelectorAll('.tile')].filter((t) => box(t).right > all.right - 3).length"
     )
     assert rows == -(-len(texts(driver, ".tile")) // 4)  # every row is filled
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_page_names_the_lines_that_it_leaves_out(driver, tmp_path, several):
+    paths = [write_rollouts(tmp_path / name, steps=1) for name in (["a.jsonl", "b.jsonl"] if several else ["b.jsonl"])]
+    first, last = add_malformed(paths[-1])
+    report_files(summarize_files(paths), tmp_path / "report.html")
+    driver.get((tmp_path / "report.html").as_uri())
+    assert texts(driver, ".notice.bad")[0].startswith("2 lines could not be read and are left out")
+    one, other = texts(driver, ".notice.bad li")
+    place = "b.jsonl, line" if several else "line"
+    assert one.startswith(f"{place} {first}: not JSON: ")
+    assert other.startswith(f"{place} {last}: 'log_probs' is no field of a rollout")
 
 
 def test_the_page_says_how_interference_would_be_measured(browser):

@@ -242,7 +242,10 @@ def _overview(summary: Summary, title: str) -> dict[str, Any]:
             "noContrast": int((~columns["contrast"] & ~columns["recorded"]).sum()),
         },
         "reward": float(rewards.mean()) if len(rewards) else None,
-        "errors": [{"line": error.line, "reason": error.reason} for error in summary.errors[:5]],
+        "errors": [
+            {"file": Path(error.path or "").name, "line": error.line, "reason": error.reason}
+            for error in summary.errors[:5]
+        ],
         "weights": "recorded" if recorded == len(summary) else "computed" if not recorded else "partly recorded",
         "options": _changed_options(summary.options),
         "clip": summary.options.config.score_clip,

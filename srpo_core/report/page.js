@@ -58,7 +58,7 @@ function drawHeader() {
   at("subtitle").textContent = parts.filter(Boolean).join(" · ");
 
   if (counts.malformed) {
-    const list = el("ul", {}, data.errors.map((error) => el("li", {}, `line ${error.line}: ${error.reason}`)));
+    const list = el("ul", {}, data.errors.map((error) => el("li", {}, `${files.length > 1 ? `${error.file}, ` : ""}line ${error.line}: ${error.reason}`)));
     if (counts.malformed > data.errors.length) list.append(el("li", {}, `and ${whole(counts.malformed - data.errors.length)} more`));
     at("notices").append(el("div", { class: "notice bad" }, `${plural(counts.malformed, "line")} could not be read and ${counts.malformed === 1 ? "is" : "are"} left out:`, list));
   }
