@@ -348,6 +348,8 @@ ARMS: dict[str, Method] = {
     "srpo x use": Scored(image="other_image", score="full_kl", use="product", options=SHARP),
     "srpo shared by use": Scored(image="other_image", score="full_kl", use="share", options=SHARP),
     "srpo x span use": Scored(image="other_image", score="full_kl", use="span_product", options=SHARP),
+    "srpo, use_spans": Scored(use="span_product"),
+    "srpo, use_spans, sharp": Scored(use="span_product", options=SHARP),
     "use": UseAlone(),
     "span use": UseAlone(spans=True),
     "right against wrong": RightAgainstWrong(),

@@ -134,16 +134,18 @@ def verdict(row: Row) -> str:
 def table_of(world: str, rows: Sequence[Row]) -> list[list[str]]:
     """Return the cells of one world's table, best arm first; differences are paired by seed, with 95 % intervals."""
     cells = [
-        ["arm", "rate", PRIMARY, "to GRPO", "to its placebo", "verdict", f"steps to {THRESHOLD}", "ms a step",
-         *(f"{number} to GRPO" for number in NUMBERS if number != PRIMARY), "weight asked / not"]
+        ["arm", "rate", PRIMARY, "to GRPO", "to its placebo", "verdict", f"{GUARD} to GRPO",
+         *(number for number in NUMBERS if number != PRIMARY), f"steps to {THRESHOLD}", "ms a step",
+         "weight asked / not"]
     ]  # fmt: skip
     for row in sorted(rows, key=lambda row: -row[PRIMARY]):
         if row["world"] == world:
             grpo, placebo = row.get("against grpo", {}), row.get("against placebo", {})
             cells.append(
                 [row["arm"], f"{row['learning_rate']:g}", f"{row[PRIMARY]:.3f}", _signed(grpo.get(PRIMARY)),
-                 _signed(placebo.get(PRIMARY)), verdict(row), f"{row['steps_to_threshold']:.0f}",
-                 f"{1000 * row['step_seconds']:.0f}", *(_signed(grpo.get(n)) for n in NUMBERS if n != PRIMARY),
+                 _signed(placebo.get(PRIMARY)), verdict(row), _signed(grpo.get(GUARD)),
+                 *(f"{row[number]:.3f}" for number in NUMBERS if number != PRIMARY),
+                 f"{row['steps_to_threshold']:.0f}", f"{1000 * row['step_seconds']:.0f}",
                  " / ".join("-" if weight is None else f"{weight:.2f}" for weight in row["weights"])]
             )  # fmt: skip
     return cells

@@ -27,7 +27,7 @@ from benchmarks.grounding.world import PriorClash, World
 
 RESULTS = Path(__file__).parent / "results"
 TRAIN = TrainConfig(steps=100, prompts=4, group_size=4, updates=1)
-LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
+LEARNING_RATES = (2.5e-4, 3.5e-4, 5e-4)
 EXPLORATION_SEEDS = range(6)
 CONFIRMATION_SEEDS = range(100, 116)
 EVALUATION, CONFIRMATION_EVALUATION = 256, 512  # problems a split; the learning curve takes half
