@@ -30,6 +30,8 @@ DRIVER_MAY_SEE = {
     "advantages",
     *(f"srpo_span_{k}_{name}" for k in range(2) for name in ("responses", "sources", "log_probs")),
 }
+# To write a rollout file: prompts as token ids, and rewards.
+ROLLOUT_FILE = {"prompts", "rm_scores"}
 
 
 def steps(work, name):
@@ -142,10 +144,10 @@ def check_update(folder, model, processor):
     print(f"held: {folder.name}: the actor was updated, log-probs moved by up to {moved:.2f} nats")
 
 
-def check_traffic(folder):
+def check_traffic(folder, allowed):
     entries = [json.loads(line) for line in (folder / "driver_traffic.jsonl").read_text().splitlines()]
     seen = {field for entry in entries for field in entry["fields"]}
-    assert seen <= DRIVER_MAY_SEE, seen - DRIVER_MAY_SEE
+    assert seen <= allowed, seen - allowed
     images = [row["multi_modal_inputs"] for row in load_record(folder, 1)]
     pixels = sum(inputs["pixel_values"].nbytes for inputs in images if inputs)
     moved = sum(entry["bytes"] for entry in entries) / 2
@@ -185,8 +187,8 @@ def main(work):
     check_log_probs(one, swap, model, processor, "old_log_probs")
     assert check_log_probs(two, drop, model, processor, "srpo_original_log_probs") > 0
     check_update(one, model, processor)
-    for folder in (one, two):
-        check_traffic(folder)
+    check_traffic(one, DRIVER_MAY_SEE | ROLLOUT_FILE)
+    check_traffic(two, DRIVER_MAY_SEE)
     check_failure(work, "wrong_option", "algorithm.srpo.strenght is unknown; did you mean 'strength'?")
     check_failure(work, "failing_worker", "in a worker: ValueError('the images of this test are square')")
 
