@@ -187,6 +187,20 @@ def test_hovering_a_token_shows_its_numbers(browser, page):
     assert f"× {scored.weights[1]:.3f}" in tip.text
 
 
+def test_a_few_are_not_none_and_nearly_all_are_not_all(browser):
+    shares = {
+        0: "0 %",
+        1e-6: "< 0.1 %",
+        0.004: "0.4 %",
+        0.26: "26 %",
+        0.996: "99.6 %",
+        0.999999: "> 99.9 %",
+        1: "100 %",
+    }
+    assert browser.execute_script("return arguments[0].map((v) => percent(v))", list(shares)) == list(shares.values())
+    assert browser.execute_script("return [percent(1e-6, 1), percent(0.0004, 1)]") == ["< 0.01 %", "0.04 %"]
+
+
 def test_a_word_is_not_torn_from_its_space(browser):
     browser.find_element("id", "item-1").click()
     browser.execute_script("document.getElementById('heat').style.width = '120px'")

@@ -27,7 +27,12 @@ function svg(tag, attributes, ...children) {
 
 const whole = (value) => value.toLocaleString("en-US");
 // With a decimal more where rounding would turn nearly all into all, or some into none.
-const percent = (value, digits = 0) => `${(100 * value).toFixed(value > 0 && value < 1 && [0, 100].includes(Number((100 * value).toFixed(digits))) ? digits + 1 : digits)} %`;
+const percent = (value, digits = 0) => {
+  const rounds = (places) => value > 0 && value < 1 && [0, 100].includes(Number((100 * value).toFixed(places)));
+  if (rounds(digits)) digits += 1;
+  if (rounds(digits)) return value < 0.5 ? `< ${10 ** -digits} %` : `> ${(100 - 10 ** -digits).toFixed(digits)} %`;
+  return `${(100 * value).toFixed(digits)} %`;
+};
 const signed = (value, digits = 2) => (value < 0 ? "−" : value > 0 ? "+" : "") + Math.abs(value).toFixed(digits);
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 const ROLE = { P: "perception", R: "reasoning", O: "other" };
