@@ -339,6 +339,7 @@ ARMS: dict[str, Method] = {
     "srpo, reasoning only": Scored(image=None, options={"baseline": "per_role"}),
     "srpo, other image": Scored(image="other_image"),
     "srpo, full KL": Scored(image="other_image", score="full_kl"),
+    "srpo, full KL, sharp": Scored(image="other_image", score="full_kl", options=SHARP),
     "srpo, shuffled patches": Scored(image="patch_shuffle"),
     "srpo, answer apart": Scored(answer=False),
     "srpo, screened": Scored(image="other_image", screened=True),

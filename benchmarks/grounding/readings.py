@@ -52,9 +52,9 @@ class Readings(World):
     """Gauges to read, two of which count.
 
     Attributes:
-        others: What a demonstration says of the gauges that were not asked for: it reads them (``read``), repeats
-            their hints whatever the image shows (``recited``), or puts a stray word (``words``, the null control:
-            such words interfere with nothing).
+        others: What a demonstration says of the gauges that were not asked for: it reads them (``read``); repeats
+            their hints, half of them one off, whatever the image shows (``recited``); or puts a stray word (``words``,
+            the null control: such words interfere with nothing).
         gauges: How many there are, 7 to 16.
         relevance: Which two gauges are asked for: any, named in the question (``asked``), or always the third and the
             seventh (``fixed``).
@@ -136,7 +136,9 @@ class Readings(World):
         stated = torch.where(chance(shortcut), problems.hints, stated)
         asked = torch.zeros(shape, dtype=torch.bool).scatter(1, problems.colours, value=True)
         if self.others == "recited":
-            stated = torch.where(asked, stated, problems.hints)
+            # Half of them garbled: a token that is certain has no gradient to interfere with.
+            garbled = (problems.hints + step).clamp(0, VALUES - 1)
+            stated = torch.where(asked, stated, torch.where(chance(0.5), garbled, problems.hints))
         said = ZERO + stated
         if self.others == "words":
             stray = FIRST_FILLER + torch.randint(0, len(FILLER), shape, generator=generator)
