@@ -222,6 +222,8 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
         remedy = f"did you mean {near[0]!r}?" if near else "put what is your own under 'extra'"
         raise RolloutError(f"{name!r} is no field of a rollout; {remedy}")
     values = {name: _READERS[name](name, value) for name, value in fields.items()}
+    if len(lacking := [name for name in _DIVERGENCES if name not in values]) == 1:
+        raise RolloutError(f"{lacking[0]} is missing; {' and '.join(_DIVERGENCES)} come together")
 
     tokens, text, offsets = (values.pop(name, None) for name in ("tokens", "text", "offsets"))
     if (tokens is None) == (text is None):
@@ -247,8 +249,6 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
         if name in values and len(values[name]) != length:
             of = "no tokens (give 'tokens' or 'offsets')" if length is None else f"{length} tokens"
             raise RolloutError(f"{name} has {len(values[name])} entries for {of}")
-    if len(lacking := [name for name in _DIVERGENCES if name not in values]) == 1:
-        raise RolloutError(f"{lacking[0]} is missing; {' and '.join(_DIVERGENCES)} come together")
     return Rollout(text=text, starts=starts, ends=ends, **values)
 
 

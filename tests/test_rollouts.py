@@ -129,6 +129,8 @@ def test_what_the_schema_refuses_is_refused_and_nothing_else_but_lengths(line, d
         (b'{"tokens": ["a"], "weights": [-1]}', "weights[0] is -1; a weight is at least 0"),
         (b'{"tokens": ["a"], "weights": [true]}', "weights[0] must be a number, got a boolean"),
         (b'{"tokens": ["a"], "weights": [1e39]}', "weights[0] is not a finite number"),
+        # Before lengths are looked at, as the schema does.
+        (b'{"tokens": ["a"], "up_divergence": [1, 2]}', "down_divergence is missing"),
         (b'{"tokens": ["a"], "up_divergence": [1]}', "down_divergence is missing; down_divergence and up_divergence"),
         (b'{"tokens": ["a"], "down_divergence": [1]}', "up_divergence is missing; down_divergence and up_divergence"),
         (
