@@ -217,7 +217,8 @@ def demo(context: typer.Context) -> None:
             "the demo is part of the source, not of the installed package: in a checkout of srpo_core run `make demo`, "
             "or `python -m benchmarks.grounding.demo`"
         )
-    done = subprocess.run([sys.executable, "-m", "benchmarks.grounding.demo", *context.args], cwd=checkout, check=False)
+    # -P: of the checkout, not of a folder called benchmarks where the command is run.
+    done = subprocess.run([sys.executable, "-P", "-m", "benchmarks.grounding.demo", *context.args], check=False)
     raise typer.Exit(done.returncode)
 
 
