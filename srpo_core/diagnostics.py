@@ -218,9 +218,9 @@ def interference(
     Weights take credit from tokens below 1. Where these share no circuit with the perception their gradient moves it
     by nothing, and nothing is gained by removing it: in this project's pilots :math:`I` was at most 0.012 for filler
     words, where even oracle weights did not help, and 1.2 for readings that the question did not ask for, where they
-    did. Below :data:`INTERFERENCE_MATTERS`, stay with GRPO. Those figures were taken with weights that know which tokens
-    matter. A method's own weights leave some of these below 1 too, whose steps then count as interference: SRPO's gave
-    0.1 to 0.8 where an oracle's gave less than 0.001, so a large figure promises nothing.
+    did. Below :data:`INTERFERENCE_MATTERS`, stay with GRPO. Those figures were taken with weights that know which
+    tokens matter. A method's own weights leave some of these below 1 too, whose steps then count as interference:
+    SRPO's gave 0.1 to 0.8 where an oracle's gave less than 0.001, so a large figure promises nothing.
 
     Take the two divergences once, on one rollout batch: copy the model, make one plain gradient step (no optimiser
     state, the same learning rate for both) on the unweighted GRPO loss of the tokens with a weight below 1 alone, and

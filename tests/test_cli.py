@@ -308,8 +308,8 @@ def test_demo_runs_in_a_checkout_and_says_where_it_is_elsewhere(monkeypatch, tmp
     srpo("demo", "--seeds", "1", code=3)
     assert ran == [
         (
-            [sys.executable, "-m", "benchmarks.grounding.demo", "--seeds", "1"],
-            {"cwd": tmp_path.resolve(), "check": False},
+            [sys.executable, "-P", "-m", "benchmarks.grounding.demo", "--seeds", "1"],
+            {"check": False},
         )
     ]
 
