@@ -109,8 +109,8 @@ def test_the_report_says_what_it_shows(file):
         (None, "not measured: srpo_core.diagnostics.interference says how"),
         (0.0, "0; below 0.1, stay with GRPO: "),
         (0.0004, "< 0.001; below 0.1, stay with GRPO: "),
-        (0.1001, "0.1; weights can matter here: "),
-        (2.0, "2; weights can matter here: "),
+        (0.1001, "0.1; weights may matter here: "),
+        (2.0, "2; weights may matter here: "),
     ],
 )
 def test_the_report_says_whether_weights_can_matter(tmp_path, interference, words):
@@ -136,7 +136,7 @@ def test_an_endless_interference_is_shown(tmp_path):
     }
     (tmp_path / "r.jsonl").write_text(json.dumps(line))
     output = srpo("report", tmp_path / "r.jsonl", "-o", tmp_path / "r.html").stdout
-    assert "∞; weights can matter here" in output
+    assert "∞; weights may matter here" in output
     assert data_of(tmp_path / "r.html")["interference"]["figure"] == "∞"
 
 

@@ -97,7 +97,7 @@ def test_filters_narrow_the_list_and_reset_widens_it(browser, page):
     ("interference", "figure", "words"),
     [
         (0.02, "0.02", "below 0.1, stay with GRPO: learning from the tokens that weigh little hardly moves"),
-        (1.5, "1.5", "weights can matter here: learning from the tokens that weigh little moves"),
+        (1.5, "1.5", "weights may matter here: learning from the tokens that weigh little moves"),
     ],
 )
 def test_the_overview_says_whether_weights_can_matter(driver, tmp_path, interference, figure, words):

@@ -135,7 +135,7 @@ def interference_in_words(interference: float | None) -> tuple[str, str]:
             "learning from the tokens that weigh little hardly moves the perception that weighs much"
         )
     return figure, (
-        "weights can matter here: learning from the tokens that weigh little moves the perception that weighs much"
+        "weights may matter here: learning from the tokens that weigh little moves the perception that weighs much"
     )
 
 
