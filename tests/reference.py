@@ -233,9 +233,9 @@ def linear_use(coefficients, log_probs, roles, mask):
         for t in time:
             gradient = [0.0] * len(coefficients[row][t][t])
             for r in reasoning:
-                p = math.exp(log_probs[row][r])
-                # Of log p the slope is 1 - p; that of the log-odds undoes it, except near certainty.
-                factor = (1 - p) / (1 - min(p, math.exp(-1e-3)))
+                # Of log p the slope is 1 - p; that of the log-odds undoes it, except near certainty, where 1 - p has no
+                # digits left unless expm1 keeps them: shares of a gradient of 1e-20 are shares all the same.
+                factor = math.expm1(log_probs[row][r]) / math.expm1(min(log_probs[row][r], -1e-3))
                 gradient = [g + factor * x for g, x in zip(gradient, coefficients[row][r][t], strict=True)]
             values.append(math.sqrt(math.fsum(g * g for g in gradient)))
         result.append(_mean_one(values, roles[row], mask[row], [bool(reasoning)] * len(mask[row])))
