@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -164,7 +165,9 @@ def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], p
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, world in zip(panels, worlds, strict=False):
         rates = {row["arm"]: row["learning_rate"] for row in rows if row["world"] == world}
-        for arm, colour in zip([arm for arm in arms if arm in rates], COLOURS, strict=False):
+        for arm, colour in zip(arms, COLOURS, strict=False):
+            if arm not in rates:
+                continue
             mine = [run for run in runs if (run["world"], run["arm"], run["learning_rate"]) == (world, arm, rates[arm])]
             steps, curves = mine[0]["steps"], np.array([run["curve"] for run in mine])
             low, high = np.transpose([interval(point) for point in curves.T])
@@ -176,7 +179,7 @@ def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], p
     for axes in panels[len(worlds) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("grounded accuracy on conflict")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8)  # the first world has every arm
     figure.savefig(path, dpi=130)
 
 
@@ -196,12 +199,13 @@ def report(
         seeds = len({run["seed"] for run in runs if run["world"] == world})
         felt = float(np.mean([run["interference"] for run in runs if run["world"] == world]))
         title = f"{world}: {descriptions[world]}; {seeds} seeds, interference {felt:.2g}"
-        table = Table(title=title, title_justify="left")
-        shown = 7  # what a terminal has room for
-        for index, heading in enumerate(cells[0][:shown]):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        shown = ("arm", PRIMARY, "to GRPO", "verdict")  # what a terminal has room for
+        indices = [cells[0].index(heading) for heading in shown]
+        for heading in shown:
+            table.add_column(heading, justify="left" if heading in ("arm", "verdict") else "right", no_wrap=True)
         for line in cells[1:]:
-            table.add_row(*line[:shown], style="bold" if line[0] == "grpo" else None)
+            table.add_row(*(line[index] for index in indices), style="bold" if line[0] == "grpo" else None)
         console.print(table)
         lines = ["| " + " | ".join(line) + " |" for line in cells]
         parts.append(f"### {title}\n\n" + "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]))
