@@ -316,8 +316,8 @@ def test_each_arm_is_compared_at_its_own_best_rate_seed_by_seed():
     ("use", "placebo", "aligned", "expected"),
     [
         (0.6, 0.5, 0.9, "gain"),
-        (0.6, 0.6, 0.9, "no gain: placebo alike"),
-        (0.6, 0.5, 0.88, "no gain: guard broken"),
+        (0.6, 0.6, 0.9, "no gain (placebo)"),
+        (0.6, 0.5, 0.88, "no gain (guard)"),
         (0.5, 0.4, 0.9, "no gain"),
         (0.4, 0.3, 0.9, "worse than GRPO"),
         (0.6, None, 0.9, "above GRPO; no placebo"),

@@ -126,10 +126,10 @@ def verdict(row: Row) -> str:
     if grpo[PRIMARY][1] <= 0:
         return "no gain"
     if grpo[GUARD][0] < -GUARD_MARGIN:
-        return "no gain: guard broken"
+        return "no gain (guard)"
     if placebo is None:
         return "above GRPO; no placebo"
-    return "gain" if placebo[PRIMARY][1] > 0 else "no gain: placebo alike"
+    return "gain" if placebo[PRIMARY][1] > 0 else "no gain (placebo)"
 
 
 def table_of(world: str, rows: Sequence[Row]) -> list[list[str]]:
@@ -199,7 +199,7 @@ def report(
         seeds = len({run["seed"] for run in runs if run["world"] == world})
         felt = float(np.mean([run["interference"] for run in runs if run["world"] == world]))
         title = f"{world}: {descriptions[world]}; {seeds} seeds, interference {felt:.2g}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         shown = ("arm", PRIMARY, "to GRPO", "verdict")  # what a terminal has room for
         indices = [cells[0].index(heading) for heading in shown]
         for heading in shown:
