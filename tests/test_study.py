@@ -21,7 +21,7 @@ from benchmarks.grounding.arms import (
     mean_of_spans,
     with_other_copies,
 )
-from benchmarks.grounding.comparison import best_rates, compare, interval, verdict
+from benchmarks.grounding.comparison import ENOUGH_SEEDS, best_rates, compare, interval, verdict
 from benchmarks.grounding.model import Rollouts, TinyVLM
 from benchmarks.grounding.readings import FIRST_FILLER, PATTERNS, VALUES, Readings
 from benchmarks.grounding.runs import follows
@@ -324,13 +324,18 @@ def test_each_arm_is_compared_at_its_own_best_rate_seed_by_seed():
     ],
 )
 def test_a_gain_needs_grpo_and_the_placebo_beaten_and_the_guard_held(use, placebo, aligned, expected):
-    runs = [told("grpo", 1.0, seed, 0.5) for seed in range(3)]
-    runs += [told("use", 1.0, seed, use, aligned) for seed in range(3)]
+    runs = [told("grpo", 1.0, seed, 0.5) for seed in range(ENOUGH_SEEDS)]
+    runs += [told("use", 1.0, seed, use, aligned) for seed in range(ENOUGH_SEEDS)]
     if placebo is not None:
-        runs += [told("placebo of use", 1.0, seed, placebo) for seed in range(3)]
+        runs += [told("placebo of use", 1.0, seed, placebo) for seed in range(ENOUGH_SEEDS)]
     rows = {row["arm"]: row for row in compare(runs)}
     assert verdict(rows["use"]) == expected
     assert verdict(rows["grpo"]) == ""
+
+
+def test_nothing_is_claimed_from_few_seeds():
+    runs = [told(arm, 1.0, seed, grounded) for arm, grounded in (("grpo", 0.5), ("use", 0.6)) for seed in range(3)]
+    assert verdict(compare(runs)[1]) == "explored only"
 
 
 def test_an_interval_covers_as_often_as_it_says():

@@ -15,6 +15,7 @@ from rich.table import Table
 
 PRIMARY = "grounded"
 GUARD, GUARD_MARGIN = "aligned", 0.01
+ENOUGH_SEEDS = 16  # to claim anything
 NUMBERS = {
     PRIMARY: "right answers from true perceptions where the shortcut is wrong (greedy), mean over training",
     "conflict": "right answers there, whatever was perceived, mean over training",
@@ -121,6 +122,8 @@ def verdict(row: Row) -> str:
     grpo, placebo = row.get("against grpo"), row.get("against placebo")
     if grpo is None:
         return ""
+    if row["seeds"] < ENOUGH_SEEDS:
+        return "explored only"
     if grpo[PRIMARY][2] < 0:
         return "worse than GRPO"
     if grpo[PRIMARY][1] <= 0:
@@ -179,7 +182,8 @@ def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], p
     for axes in panels[len(worlds) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("grounded accuracy on conflict")
-    panels[0].legend(frameon=False, fontsize=8)  # the first world has every arm
+    if panels[0].lines:
+        panels[0].legend(frameon=False, fontsize=8)  # the first world has every arm
     figure.savefig(path, dpi=130)
 
 
