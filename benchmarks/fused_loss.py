@@ -35,13 +35,16 @@ from rich.table import Table
 from torch import Tensor
 
 from srpo_core import (
+    LossOptions,
+    OutputLayer,
     fused_linear_grpo_loss,
-    fused_linear_jsd,
-    fused_linear_kl,
     fused_linear_log_probs,
     grpo_loss,
     token_log_probs,
 )
+from srpo_core.fused import fused_linear_divergence
+from srpo_core.options import DivergenceKind, Reduction
+from srpo_core.surrogates import CISPO, GSPO, SAPO, Clip, Surrogate
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 8  # responses a batch, all equally long
@@ -87,7 +90,7 @@ class Case:
         token_ids = torch.randint(vocab, shape, generator=g, device=device)
         mask = torch.rand(shape, generator=g, device=device) < active
         with torch.no_grad():
-            old = fused_linear_log_probs(hidden, lm_head, token_ids, mask) + 0.1 * randn(*shape)
+            old = fused_linear_log_probs(hidden, OutputLayer(lm_head), token_ids, mask) + 0.1 * randn(*shape)
         return cls(
             hidden.requires_grad_(),
             other,
@@ -105,7 +108,7 @@ class Case:
     def loss_of(self, log_probs: Tensor) -> Tensor:
         """For contestants that end at the log-probs; a few vectors, the same for all."""
         log_probs = log_probs.view(self.mask.shape)
-        return grpo_loss(log_probs, self.old_log_probs, self.token_advantages, self.mask).loss
+        return grpo_loss(log_probs, self.token_advantages, self.mask, old_log_probs=self.old_log_probs).loss
 
 
 # Contestants. A training step returns its loss after backward; a scorer returns its values.
@@ -176,14 +179,15 @@ def torch_log_probs(case: Case) -> Tensor:
     )
 
 
-def ours(case: Case, **options: Any) -> Tensor:
+def ours(case: Case) -> Tensor:
+    output, advantages = OutputLayer(case.lm_head), case.token_advantages
     return fused_linear_grpo_loss(
-        case.hidden, case.lm_head, case.token_ids, case.old_log_probs, case.token_advantages, case.mask, **options
+        case.hidden, output, case.token_ids, advantages, case.mask, old_log_probs=case.old_log_probs
     ).loss
 
 
 def ours_log_probs(case: Case) -> Tensor:
-    return fused_linear_log_probs(case.hidden, case.lm_head, case.token_ids, case.mask)
+    return fused_linear_log_probs(case.hidden, OutputLayer(case.lm_head), case.token_ids, case.mask)
 
 
 def compiled(function: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
@@ -201,8 +205,12 @@ def trl_divergence(beta: float) -> Callable[[Case], Tensor]:
     return scores
 
 
-def divergence(function: Callable[..., Tensor]) -> Callable[[Case], Tensor]:
-    return lambda case: function(case.hidden, case.other_hidden, case.lm_head, case.mask)
+def ours_divergence(kind: DivergenceKind) -> Callable[[Case], Tensor]:
+    def scores(case: Case) -> Tensor:
+        output = OutputLayer(case.lm_head)
+        return fused_linear_divergence(case.hidden, output, case.mask, other_hidden=case.other_hidden, kind=kind)
+
+    return scores
 
 
 def train(function: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
@@ -267,12 +275,12 @@ TASKS = {
     ),
     "log-probs, no gradient": Task(SCORING, ("logits",), {torch.float32: 1.12, torch.bfloat16: 1.40}),
     "KL": Task(
-        {"TRL chunked": trl_divergence(0.0), "ours": divergence(fused_linear_kl)},
+        {"TRL chunked": trl_divergence(0.0), "ours": ours_divergence("full_kl")},
         ("logits",),
         {torch.float32: 2.5, torch.bfloat16: 2.5},
     ),
     "JSD": Task(
-        {"TRL chunked": trl_divergence(0.5), "ours": divergence(fused_linear_jsd)},
+        {"TRL chunked": trl_divergence(0.5), "ours": ours_divergence("jsd")},
         ("logits",),
         {torch.float32: 3.4, torch.bfloat16: 3.4},
     ),
@@ -412,7 +420,7 @@ def truth(case: Case, task: Task, learns: bool) -> list[Tensor]:
     return [loss.detach().double(), *(gradient.double().norm() for gradient in gradients)]
 
 
-# Memory: a fresh process for each contestant, for what one left behind the next would find.
+# Memory: a fresh process for each contestant, because what one leaves behind the next would find.
 
 
 @app.command()
@@ -471,15 +479,22 @@ def resident(field: str) -> int:
 
 # Liger's published settings: its own output, at its own tolerances
 
-LIGER_LOSSES = {
-    # theirs -> ours: surrogate, reduction
-    "grpo": ("clip", "sequence_mean"),
-    "bnpo": ("clip", "token_mean"),
-    "dr_grpo": ("clip", "constant"),
-    "dapo": ("clip", "token_mean"),
-    "cispo": ("cispo", "token_mean"),
-    "sapo": ("sapo", "sequence_mean"),
+LIGER_REDUCTIONS: dict[str, Reduction] = {
+    # their loss -> our reduction
+    "grpo": "sequence_mean",
+    "bnpo": "token_mean",
+    "dr_grpo": "constant",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+    "sapo": "sequence_mean",
 }
+
+
+def surrogate_of(loss_type: str, level: str, low: float, high: float, delta: float | None) -> Surrogate:
+    """Our surrogate of their loss."""
+    if level == "sequence":
+        return GSPO(low=low, high=high)
+    return {"cispo": CISPO(max_ratio=high), "sapo": SAPO()}.get(loss_type, Clip(low=low, high=high, dual=delta))
 
 
 @app.command()
@@ -487,7 +502,7 @@ def liger(out: Path = RESULTS / "fused_loss_liger.json") -> None:
     """Compare with Liger over its published settings."""
     torch.set_num_threads(1)
     cells = []
-    for loss_type in LIGER_LOSSES:
+    for loss_type in LIGER_REDUCTIONS:
         # CISPO and SAPO have neither a sequence-level ratio nor an upper clip.
         clipped = loss_type not in ("cispo", "sapo")
         settings = itertools.product(
@@ -557,9 +572,8 @@ def against_liger(
     bias = bias if with_bias else None
     length = case.mask.shape[1]
     with torch.no_grad():
-        fresh = fused_linear_log_probs(
-            case.hidden, case.lm_head, case.token_ids, torch.ones_like(case.mask), bias=bias, temperature=temperature
-        )
+        output = OutputLayer(case.lm_head, bias=bias, temperature=temperature)
+        fresh = fused_linear_log_probs(case.hidden, output, case.token_ids, torch.ones_like(case.mask))
         g = torch.Generator().manual_seed(1)
         sampled = fresh + 0.3 * torch.randn(fresh.shape, generator=g) if old else fresh
         ref = fresh + 0.2 * torch.randn(fresh.shape, generator=g)
@@ -570,12 +584,15 @@ def against_liger(
         case.hidden, case.lm_head, case.token_ids, case.mask.to(torch.int64), case.advantages, bias,
         ref_per_token_logps=ref, old_per_token_logps=sampled if old else None,
     )[0]  # fmt: skip
-    surrogate, reduction = LIGER_LOSSES[loss_type]
+    reduction = LIGER_REDUCTIONS[loss_type]
+    options = LossOptions(
+        surrogate=surrogate_of(loss_type, level, low, high, delta),
+        kl_coef=beta,
+        reduction=reduction,
+    )
     mine = fused_linear_grpo_loss(
-        case.hidden, case.lm_head, case.token_ids, sampled, case.token_advantages, case.mask, bias=bias,
-        temperature=temperature, ref_log_probs=ref, kl_coef=beta, clip_low=low, clip_high=high, dual_clip=delta,
-        surrogate="gspo" if level == "sequence" else surrogate, max_ratio=high, reduction=reduction,  # pyright: ignore
-        normalizer=float(case.mask.numel()) if reduction == "constant" else None, chunk_tokens=20,
+        case.hidden, output, case.token_ids, case.token_advantages, case.mask, options, old_log_probs=sampled,
+        ref_log_probs=ref, normalizer=float(case.mask.numel()) if reduction == "constant" else None, chunk_tokens=20,
     ).loss  # fmt: skip
     leaves = [x for x in (case.hidden, case.lm_head, bias) if x is not None]
     pairs = [(mine, theirs), *zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(theirs, leaves), strict=True)]
@@ -593,8 +610,13 @@ def liger_defects() -> dict[str, str]:
             hidden, *args[1:], mask, advantages, old_per_token_logps=case.old_log_probs
         )[0].item()
 
-    def mine(mask: Tensor, advantages: Tensor, hidden: Tensor = case.hidden, **options: Any) -> float:
-        return fused_linear_grpo_loss(hidden, *args[1:], case.old_log_probs, advantages, mask, **options).loss.item()
+    def mine(
+        mask: Tensor, advantages: Tensor, hidden: Tensor = case.hidden, reduction: Reduction = "token_mean"
+    ) -> float:
+        output, options = OutputLayer(case.lm_head), LossOptions(reduction=reduction)
+        return fused_linear_grpo_loss(
+            hidden, output, case.token_ids, advantages, mask, options, old_log_probs=case.old_log_probs
+        ).loss.item()
 
     tokens = case.token_advantages * torch.linspace(0.5, 1.5, case.mask.shape[1])
     try:

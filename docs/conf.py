@@ -1,4 +1,14 @@
-"""Sphinx settings: MyST pages, reference from the docstrings."""
+"""Sphinx settings: MyST pages, reference from the docstrings, tables of options from the dataclass fields."""
+
+import dataclasses
+import typing
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+from srpo_core import options
+from srpo_core.surrogates import Surrogate
 
 project = "srpo_core"
 author = "The srpo_core developers"
@@ -21,3 +31,43 @@ html_title = "srpo_core"
 html_static_path: list[str] = []
 nitpicky = False
 suppress_warnings = ["myst.xref_missing"]
+
+
+class Options(SphinxDirective):
+    """``{options} Name``: a table of the options of a group, or of all ``surrogates``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        classes = Surrogate.known() if name == "surrogates" else {"": getattr(options, name)}
+        lines: list[str] = []
+        for title, cls in classes.items():
+            hints = typing.get_type_hints(cls)
+            lines += ["", f"`{title}` is `{cls.__name__}`:"] if title else []
+            lines += ["", "| option | default | |", "|---|---|---|"]
+            lines += [
+                f"| {' | '.join(_row(each, hints[each.name]))} |" for each in dataclasses.fields(cls) if each.init
+            ]
+        container = nodes.container()
+        self.state.nested_parse(StringList(lines, source=f"options of {name}"), self.content_offset, container)
+        return container.children
+
+
+def _row(each: dataclasses.Field, hint: object) -> tuple[str, str, str]:
+    parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    names = ", ".join(f"`{value}`" for literal in literals for value in typing.get_args(literal))
+    function = ", or a function" if "Callable" in str(hint) else ""
+    sentences = [each.metadata["help"], f"One of {names}{function}." if names else ""]
+    if bounds := str(each.metadata["range"]):
+        sentences.append(f"{bounds[0].upper()}{bounds[1:]}.")
+    if (read_by := each.metadata["read_by"]) is not None:
+        sentences.append(f"Read by `{read_by.option}` {', '.join(f'`{value}`' for value in read_by.values)}.")
+    default = each.default if isinstance(each.default, tuple) else (each.default,)
+    shown = " ".join(f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`" for value in default)
+    return f"`{each.name}`", shown, " ".join(filter(None, sentences))
+
+
+def setup(app) -> None:
+    app.add_directive("options", Options)

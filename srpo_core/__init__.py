@@ -9,100 +9,55 @@ function an arrow::
 """
 
 from srpo_core.advantages import group_advantages, role_advantages
+from srpo_core.batch import RolloutBatch, credit, plan
 from srpo_core.contrasts import perception_consistency, visual_dependency
-from srpo_core.corruption import corrupt_images, corrupt_pixel_values
-from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
-from srpo_core.diagnostics import credit_metrics
-from srpo_core.fused import (
-    LogProbsAndEntropy,
-    fused_linear_grpo_loss,
-    fused_linear_jsd,
-    fused_linear_kl,
-    fused_linear_log_probs,
-    fused_linear_log_probs_and_entropy,
-    fused_linear_srpo_loss,
-)
-from srpo_core.log_probs import token_divergence, token_entropy, token_log_probs
-from srpo_core.losses import (
-    LossOutput,
-    aggregate,
-    cispo_surrogate,
-    clipped_surrogate,
-    grpo_loss,
-    gspo_surrogate,
-    gspo_token_surrogate,
-    kl_penalty,
-    sapo_surrogate,
-)
-from srpo_core.roles import (
-    BrokenReason,
-    Role,
-    RoleTagIds,
-    RoleTags,
-    Segmentation,
-    segment_responses,
-    segment_roles,
-)
-from srpo_core.srpo import RoleAdvantages, SRPOConfig, srpo_advantages, srpo_loss
-from srpo_core.use import (
-    SpanCounterfactuals,
-    apply_use,
-    perception_spans,
-    perception_use,
-    span_counterfactuals,
-    span_use,
-)
-from srpo_core.weights import RoleScales, ScaleState, mix_schedule, role_scales, shared_baseline_weights
+from srpo_core.corruption import corrupt_images
+from srpo_core.counterfactuals import counterfactual_responses
+from srpo_core.fused import fused_linear_grpo_loss, fused_linear_log_probs
+from srpo_core.log_probs import token_divergence, token_log_probs
+from srpo_core.losses import LossOutput, aggregate, grpo_loss, kl_penalty
+from srpo_core.options import ContextOptions, CreditOptions, LossOptions, SRPOConfig
+from srpo_core.output_layer import OutputLayer
+from srpo_core.pixel_values import corrupt_pixel_values
+from srpo_core.roles import Role, Segmentation, segment_responses, segment_roles
+from srpo_core.srpo import Credit, srpo_advantages, srpo_loss
+from srpo_core.tags import RoleTags
+from srpo_core.weights import ScaleState, shared_baseline_weights
+
+__version__ = "0.1.0"
 
 __all__ = [
-    "BrokenReason",
-    "CounterfactualResponses",
-    "LogProbsAndEntropy",
+    "ContextOptions",
+    "Credit",
+    "CreditOptions",
+    "LossOptions",
     "LossOutput",
+    "OutputLayer",
     "Role",
-    "RoleAdvantages",
-    "RoleScales",
-    "RoleTagIds",
     "RoleTags",
+    "RolloutBatch",
     "SRPOConfig",
     "ScaleState",
     "Segmentation",
-    "SpanCounterfactuals",
     "aggregate",
-    "apply_use",
-    "cispo_surrogate",
-    "clipped_surrogate",
     "corrupt_images",
     "corrupt_pixel_values",
     "counterfactual_responses",
-    "credit_metrics",
+    "credit",
     "fused_linear_grpo_loss",
-    "fused_linear_jsd",
-    "fused_linear_kl",
     "fused_linear_log_probs",
-    "fused_linear_log_probs_and_entropy",
-    "fused_linear_srpo_loss",
     "group_advantages",
     "grpo_loss",
-    "gspo_surrogate",
-    "gspo_token_surrogate",
     "kl_penalty",
-    "mix_schedule",
     "perception_consistency",
-    "perception_spans",
-    "perception_use",
+    "plan",
     "role_advantages",
-    "role_scales",
-    "sapo_surrogate",
     "segment_responses",
     "segment_roles",
     "shared_baseline_weights",
-    "span_counterfactuals",
-    "span_use",
     "srpo_advantages",
     "srpo_loss",
     "token_divergence",
-    "token_entropy",
     "token_log_probs",
     "visual_dependency",
 ]

@@ -1,20 +1,27 @@
-"""Rewards to group-relative advantages, and weights to token advantages."""
+"""Rewards -> group-relative advantages, and weights -> token advantages."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core._masked import at_least_float32, check_no_nan
-from srpo_core.typechecking import choose, typechecked
+from srpo_core.checked import choose
+from srpo_core.masking import at_least_float32, check_no_nan
+from srpo_core.options import GroupOptions, Normalization
+from srpo_core.typechecking import typechecked
 
-__all__ = ["Normalization", "group_advantages", "role_advantages"]
+__all__ = ["group_advantages", "role_advantages"]
 
-Normalization = Literal["std", "none", "leave_one_out"]
+_EPSILON = GroupOptions.range_of("epsilon")
 
 
-@typechecked
+def _no_nan_among_rewards(arguments: Mapping[str, Any]) -> None:
+    check_no_nan("rewards", arguments["rewards"], torch.ones_like(arguments["rewards"], dtype=torch.bool))
+
+
+@typechecked(values=(_no_nan_among_rewards,))
 def group_advantages(
     rewards: Float[Tensor, " batch"],
     group_ids: Int[Tensor, " batch"],
@@ -31,14 +38,15 @@ def group_advantages(
     Args:
         rewards: One per response, any unit.
         group_ids: Responses with equal ids answer one prompt; a group may lie anywhere in the batch.
-        normalization: What the centred reward is divided by, and what it is centred on.
+        normalization: What the centered reward is divided by, and what it is centered on.
         epsilon: Added to the standard deviation, in the unit of the reward, at least 0.
 
     Returns:
         Detached advantages in float32, or float64 if the rewards are. Memory is batch squared.
 
     Raises:
-        ValueError: If an option is unknown or out of range, or a reward is NaN (eager mode).
+        ValueError: If `normalization` is unknown or `epsilon` out of range; outside ``torch.compile`` also if a reward
+            is NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([7, 3, 7]), normalization="none")
@@ -47,18 +55,16 @@ def group_advantages(
     References:
         GRPO, arXiv:2402.03300, section 4.1; Dr. GRPO, arXiv:2503.20783; RLOO, arXiv:2402.14740.
     """
-    if not epsilon >= 0.0:
-        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    _EPSILON.check("epsilon", epsilon)
     normalize = choose("normalization", normalization, _NORMALIZATIONS)
-    check_no_nan("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool))
     rewards = rewards.detach().to(at_least_float32(rewards.dtype))
     # Membership as a matrix instead of torch.unique, whose output size would have to reach the host.
     mates = group_ids[:, None] == group_ids[None, :]
     size = mates.sum(1)
-    centred = rewards - _group_mean(rewards, mates)
+    centered = rewards - _group_mean(rewards, mates)
     # Rounding leaves a trace of the mean in a group of equal rewards, and epsilon would let it through.
     equal = (torch.where(mates, rewards[None, :], rewards[:, None]) == rewards[:, None]).all(1)
-    return torch.where(equal, 0.0, normalize(centred, mates, size, epsilon))
+    return torch.where(equal, 0.0, normalize(centered, mates, size, epsilon))
 
 
 @typechecked
@@ -88,18 +94,18 @@ def _group_mean(values: Tensor, mates: Tensor) -> Tensor:
     return torch.where(mates, values[None, :], 0.0).sum(1) / mates.sum(1)
 
 
-def _by_std(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
-    variance = torch.where(mates, centred.square()[None, :], 0.0).sum(1) / (size - 1).clamp(min=1)
-    return centred / (variance.sqrt() + epsilon)
+def _by_std(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    variance = torch.where(mates, centered.square()[None, :], 0.0).sum(1) / (size - 1).clamp(min=1)
+    return centered / (variance.sqrt() + epsilon)
 
 
-def _by_nothing(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
-    return centred
+def _by_nothing(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    return centered
 
 
-def _leave_one_out(centred: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+def _leave_one_out(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
     # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
-    return centred * size / (size - 1).clamp(min=1)
+    return centered * size / (size - 1).clamp(min=1)
 
 
 _NORMALIZATIONS = {"std": _by_std, "none": _by_nothing, "leave_one_out": _leave_one_out}

@@ -1,17 +1,17 @@
 """Responses -> the same responses with the perception dropped, masked or swapped, and the way back."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core.roles import Role
-from srpo_core.typechecking import choose, typechecked
+from srpo_core.checked import choose
+from srpo_core.options import CounterfactualKind
+from srpo_core.roles import check_roles, role_masks
+from srpo_core.typechecking import typechecked
 
-__all__ = ["CounterfactualKind", "CounterfactualResponses", "counterfactual_responses"]
-
-CounterfactualKind = Literal["swap", "drop", "mask"]
+__all__ = ["CounterfactualResponses", "counterfactual_responses"]
 
 
 class CounterfactualResponses(NamedTuple):
@@ -35,6 +35,7 @@ class CounterfactualResponses(NamedTuple):
     def carry_back(
         self,
         log_probs: Float[Tensor, "batch new_time"],
+        *,
         original_log_probs: Float[Tensor, "batch time"],
     ) -> Float[Tensor, "batch time"]:
         """Log-probabilities of the new responses, each at the place of its original token.
@@ -53,7 +54,8 @@ class CounterfactualResponses(NamedTuple):
             >>> ids = torch.tensor([[1, 7, 2, 3, 8, 4]])
             >>> roles = torch.tensor([[0, 1, 0, 0, 2, 0]])
             >>> dropped = counterfactual_responses(ids, roles, ids > 0, kind="drop")
-            >>> dropped.carry_back(torch.tensor([[-5.0, -4.0, -3.0, -2.0, -1.0]]), torch.full((1, 6), -9.0))
+            >>> dropped.carry_back(torch.tensor([[-5.0, -4.0, -3.0, -2.0, -1.0]]),
+            ...                    original_log_probs=torch.full((1, 6), -9.0))
             tensor([[-9., -9., -4., -3., -2., -1.]])
         """
         for argument, value, responses in (
@@ -70,7 +72,7 @@ class CounterfactualResponses(NamedTuple):
         return torch.where(is_affected, carried, original_log_probs)
 
 
-@typechecked
+@typechecked(values=(check_roles,))
 def counterfactual_responses(
     token_ids: Int[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -107,14 +109,14 @@ def counterfactual_responses(
         kind: What to do with the perception.
         group_ids: Equal where responses answer the same prompt; None: every response answers its own. Read by ``swap``.
         perception_keys: Equal where perceptions say the same; None: where their token ids are equal. Read by ``swap``.
-            Pass them if you can tell: a paraphrase of the same reading is a poor counterfactual, for the reasoning that
-            copies it is as likely as before.
+            Pass them if you can tell: a paraphrase of the same reading is a poor counterfactual, because the reasoning
+            that copies it is as likely as before.
         boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.roles.Segmentation`; None: no token
             straddles.
         pad_token_id: Fills the new responses up.
 
     Raises:
-        ValueError: If ``kind`` is unknown.
+        ValueError: If ``kind`` is unknown; outside ``torch.compile`` also if a role is outside the enum.
 
     Example:
         >>> ids = torch.tensor([[1, 7, 7, 2, 8], [1, 9, 2, 8, 0]])
@@ -131,7 +133,7 @@ def counterfactual_responses(
                 [1, 2, 8]])
     """
     edit = choose("kind", kind, _KINDS)
-    perception = mask & (roles == int(Role.PERCEPTION))
+    perception = role_masks(roles, mask).perception
     if boundary is not None:
         perception = perception & ~boundary
     is_response = mask.flip(1).cumsum(dim=1).flip(1) > 0

@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core._masked import at_least_float32, masked_max, masked_mean, masked_min
 from srpo_core.contrasts import contrast
-from srpo_core.roles import BrokenReason, Role
+from srpo_core.masking import at_least_float32, masked_max, masked_mean, masked_min
+from srpo_core.options import CreditOptions
+from srpo_core.roles import Role, role_masks
+from srpo_core.tags import BrokenReason
 from srpo_core.typechecking import typechecked
 
 __all__ = [
@@ -30,6 +32,8 @@ ROLE_NAMES = {Role.PERCEPTION: "perception", Role.REASONING: "reasoning"}
 #: An answer is one or the other where it is known.
 Answer = Literal["right", "wrong"]
 
+_SCORE_CLIP = CreditOptions.range_of("score_clip")
+
 #: Below this :func:`interference` there is nothing to be gained by weights: stay with GRPO. Above, there may be.
 INTERFERENCE_MATTERS = 0.1
 
@@ -37,11 +41,10 @@ INTERFERENCE_MATTERS = 0.1
 @typechecked
 def credit_metrics(
     weights: Float[Tensor, "batch time"],
-    visual_dependency: Float[Tensor, "batch time"],
-    perception_consistency: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
+    scores: Float[Tensor, "batch time"],
     broken: Int[Tensor, " batch"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Detached 0-d metrics of one batch, under the names that every adapter logs. No host sync.
@@ -53,32 +56,28 @@ def credit_metrics(
 
     Args:
         weights: From :func:`~srpo_core.shared_baseline_weights`.
-        visual_dependency: Scores, nats.
-        perception_consistency: Scores, nats.
         roles: What each token does.
         mask: True at response tokens.
+        scores: Score of each token under its role, nats.
         broken: Why each response is malformed, :class:`~srpo_core.BrokenReason`.
 
     Example:
         >>> ones, roles = torch.ones(1, 2), torch.tensor([[Role.PERCEPTION, Role.REASONING]])
-        >>> credit_metrics(ones, ones, ones, roles, ones.bool())["weight/perception/mass"]
+        >>> credit_metrics(ones, roles, ones.bool(), scores=ones)["weight/perception/mass"]
         tensor(0.5000)
     """
     weights = weights.detach()
     metrics: dict[str, Tensor] = {}
     total = torch.where(mask, weights, 0.0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    scored = torch.zeros_like(mask)
-    for role, scores in ((Role.PERCEPTION, visual_dependency), (Role.REASONING, perception_consistency)):
-        where = mask & (roles == int(role))
-        scored = scored | where
-        name = role.name.lower()
+    masks = role_masks(roles, mask)
+    for name, where in zip(ROLE_NAMES.values(), masks, strict=True):
         metrics[f"weight/{name}/mean"] = masked_mean(weights, where, empty=1.0)
         metrics[f"weight/{name}/min"] = masked_min(weights, where, empty=1.0)
         metrics[f"weight/{name}/max"] = masked_max(weights, where, empty=1.0)
         metrics[f"weight/{name}/mass"] = torch.where(where, weights, 0.0).sum() / total
         metrics[f"score/{name}/mean"] = masked_mean(scores.detach(), where)
     real = mask.any(1)
-    metrics["structured/fraction"] = masked_mean(scored.any(1).to(weights.dtype), real)
+    metrics["structured/fraction"] = masked_mean(masks.scored.any(1).to(weights.dtype), real)
     if broken is not None:
         metrics["broken/fraction"] = masked_mean((broken != int(BrokenReason.NONE)).to(weights.dtype), real)
         for reason in BrokenReason:
@@ -90,11 +89,10 @@ def credit_metrics(
 @typechecked
 def credit_diagnostics(
     weights: Float[Tensor, "batch time"],
-    visual_dependency: Float[Tensor, "batch time"],
-    perception_consistency: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
+    scores: Float[Tensor, "batch time"],
     broken: Int[Tensor, " batch"] | None = None,
     advantages: Float[Tensor, " batch"] | None = None,
     correct: Bool[Tensor, " batch"] | None = None,
@@ -126,10 +124,9 @@ def credit_diagnostics(
 
     Args:
         weights: From :func:`~srpo_core.shared_baseline_weights`.
-        visual_dependency: Scores, nats; read where the role is perception.
-        perception_consistency: Scores, nats; read where the role is reasoning.
         roles: What each token does.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        scores: Score of each token under its role, nats.
         broken: Why each response is malformed, :class:`~srpo_core.BrokenReason`.
         advantages: One per response.
         correct: Whether each answer is right.
@@ -145,23 +142,21 @@ def credit_diagnostics(
         >>> weights = torch.tensor([[1.6, 0.8, 0.6, 1.0]])
         >>> scores = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING, Role.OTHER]])
-        >>> metrics = credit_diagnostics(weights, scores, scores, roles, roles >= 0, advantages=torch.tensor([-1.0]))
+        >>> metrics = credit_diagnostics(weights, roles, roles >= 0, scores=scores, advantages=torch.tensor([-1.0]))
         >>> metrics["weight/perception/p50"], metrics["tokens/effective_fraction"], metrics["advantage/cosine"]
         (tensor(1.2000), tensor(0.8427), tensor(0.9366))
     """
-    if score_clip is not None and not score_clip > 0.0:
-        raise ValueError(f"score_clip must be above 0 nats, got {score_clip}")
+    if score_clip is not None:
+        _SCORE_CLIP.check("score_clip", score_clip)
     if repeated_log_probs is not None and log_probs is None:
         raise ValueError("log_probs is None; repeated_log_probs needs the first pass to be compared with")
-    metrics = credit_metrics(weights, visual_dependency, perception_consistency, roles, mask, broken=broken)
+    metrics = credit_metrics(weights, roles, mask, scores=scores, broken=broken)
 
-    dtype = at_least_float32(torch.promote_types(visual_dependency.dtype, perception_consistency.dtype))
-    dtype = torch.promote_types(dtype, weights.dtype)
-    where = {name: mask & (roles == int(role)) for role, name in ROLE_NAMES.items()}
+    dtype = torch.promote_types(at_least_float32(scores.dtype), weights.dtype)
+    masks = role_masks(roles, mask)
+    scored, where = masks.scored, dict(zip(ROLE_NAMES.values(), masks, strict=True))
     weights = torch.where(mask, weights.detach().to(dtype), 0.0)
-    scores = torch.where(where["perception"], visual_dependency.detach().to(dtype), 0.0)
-    scores = torch.where(where["reasoning"], perception_consistency.detach().to(dtype), scores)
-    scored = where["perception"] | where["reasoning"]
+    scores = torch.where(scored, scores.detach().to(dtype), 0.0)
 
     scored_weights = torch.where(scored, weights, 0.0)
     square = scored_weights.square().sum() * scored.sum()
@@ -204,34 +199,35 @@ def credit_diagnostics(
 
 @typechecked
 def interference(
-    down_divergence: Float[Tensor, "batch time"],
-    up_divergence: Float[Tensor, "batch time"],
     weights: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
+    *,
+    down_divergence: Float[Tensor, "batch time"],
+    up_divergence: Float[Tensor, "batch time"],
 ) -> Float[Tensor, ""]:
-    r"""How far learning from the tokens that weigh little moves the perception that weighs much, against its own.
+    r"""How far learning from tokens of little weight moves the perception of much weight, relative to its own step.
 
     .. math:: I = \operatorname{mean}_E d^\downarrow / \operatorname{mean}_E d^\uparrow, \qquad
         E = \{t \in P : w_t > 1\}
 
-    Weights take credit from tokens below 1. Where these share no circuit with the perception their gradient moves it
-    by nothing, and nothing is gained by removing it: in this project's pilots :math:`I` was at most 0.012 for filler
-    words, where even oracle weights did not help, and 1.2 for readings that the question did not ask for, where they
-    did. Below :data:`INTERFERENCE_MATTERS`, stay with GRPO. Those figures were taken with weights that know which
+    Weights take credit from tokens below 1. Where these share no circuit with the perception, their gradient does not
+    move it, and nothing is gained by removing that gradient. In this project's pilots :math:`I` was at most 0.012 for
+    filler words, where even oracle weights did not help, and 1.2 for readings that the question did not ask for, where
+    they did. Below :data:`INTERFERENCE_MATTERS`, stay with GRPO. Those figures were taken with weights that know which
     tokens matter. A method's own weights leave some of these below 1 too, whose steps then count as interference:
     SRPO's gave 0.1 to 0.8 where an oracle's gave less than 0.001, so a large figure promises nothing.
 
-    Take the two divergences once, on one rollout batch: copy the model, make one plain gradient step (no optimiser
+    Take the two divergences once, on one rollout batch: copy the model, make one plain gradient step (no optimizer
     state, the same learning rate for both) on the unweighted GRPO loss of the tokens with a weight below 1 alone, and
     pass :func:`~srpo_core.token_divergence` between the logits before and after; then the same for those above 1.
 
     Args:
-        down_divergence: Of each next-token distribution, nats, after the step on the tokens with a weight below 1.
-        up_divergence: After the step on those above 1.
         weights: From :func:`~srpo_core.shared_baseline_weights`.
         roles: What each token does.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        down_divergence: Of each next-token distribution, nats, after the step on the tokens with a weight below 1.
+        up_divergence: After the step on those above 1.
 
     Returns:
         A detached 0-d ratio, at least 0: 0 where no perception token weighs more than 1, infinite where only the step
@@ -239,14 +235,15 @@ def interference(
 
     Example:
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING]])
-        >>> interference(torch.tensor([[0.01, 0.5, 0.5]]), torch.tensor([[0.04, 0.1, 0.1]]),
-        ...              torch.tensor([[1.8, 0.6, 0.6]]), roles, roles >= 0)
+        >>> interference(torch.tensor([[1.8, 0.6, 0.6]]), roles, roles >= 0,
+        ...              down_divergence=torch.tensor([[0.01, 0.5, 0.5]]),
+        ...              up_divergence=torch.tensor([[0.04, 0.1, 0.1]]))
         tensor(0.2500)
 
     References:
         None: a diagnostic of this project.
     """
-    weighty = mask & (roles == int(Role.PERCEPTION)) & (weights.detach() > 1.0)
+    weighty = role_masks(roles, mask).perception & (weights.detach() > 1.0)
     down, up = (masked_mean(divergence.detach(), weighty) for divergence in (down_divergence, up_divergence))
     return torch.where(weighty.any() & (down > 0), down / up, 0.0)
 

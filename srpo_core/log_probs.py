@@ -1,18 +1,19 @@
-"""Logits to log-probabilities, entropies and divergences of next-token distributions."""
+"""Logits -> log-probabilities, entropies and divergences of next-token distributions."""
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srpo_core._masked import at_least_float32
-from srpo_core.typechecking import choose, typechecked
+from srpo_core.checked import choose
+from srpo_core.masking import at_least_float32
+from srpo_core.options import DivergenceKind
+from srpo_core.typechecking import typechecked
 
-__all__ = ["DivergenceKind", "token_divergence", "token_entropy", "token_log_probs"]
-
-DivergenceKind = Literal["full_kl", "reverse_kl", "jsd", "topk_kl"]
+__all__ = ["divergence_of", "token_divergence", "token_entropy", "token_log_probs"]
 
 
 @typechecked
@@ -71,8 +72,8 @@ def token_entropy(
 @typechecked
 def token_divergence(
     logits: Float[Tensor, "batch time vocab"],
-    other_logits: Float[Tensor, "batch time vocab"],
     *,
+    other_logits: Float[Tensor, "batch time vocab"],
     kind: DivergenceKind = "full_kl",
     temperature: float = 1.0,
     top_k: int = 64,
@@ -93,20 +94,27 @@ def token_divergence(
         top_k: Tokens kept apart by ``topk_kl``, at least 1.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        ValueError: If `kind` is unknown, or `temperature` or `top_k` out of range.
 
     Example:
         >>> logits, other = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
-        >>> token_divergence(logits, other)
+        >>> token_divergence(logits, other_logits=other)
         tensor([[0.4621]])
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    divergence = choose("kind", kind, {"full_kl": full_kl, "reverse_kl": _reverse_kl, "jsd": jsd, "topk_kl": _topk_kl})
+    divergence = divergence_of(kind, top_k)
     log_p = _scaled(logits, temperature).log_softmax(-1)
     log_q = _scaled(other_logits, temperature).log_softmax(-1)
+    return divergence(log_p, log_q)
+
+
+def divergence_of(kind: str, top_k: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The divergence of a kind, as a function of the log-probabilities of two distributions, [..., vocab]."""
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    kinds = {"full_kl": _full_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "topk_kl": partial(_topk_kl, top_k=top_k)}
+    divergence = choose("kind", kind, kinds)
     # A divergence is never negative; its rounding can be.
-    return divergence(log_p, log_q, min(top_k, logits.shape[-1])).clamp(min=0.0)
+    return lambda log_p, log_q: divergence(log_p, log_q).clamp(min=0.0)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -122,25 +130,25 @@ def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
     return (log_p.exp() * values.masked_fill(impossible, 0.0)).sum(-1)
 
 
-def full_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+def _full_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expectation(log_p, log_p - log_q)
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expectation(log_q, log_q - log_p)
 
 
-def jsd(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_half = -0.6931471805599453
     log_mean = torch.logaddexp(log_p, log_q) + log_half
     return 0.5 * (_expectation(log_p, log_p - log_mean) + _expectation(log_q, log_q - log_mean))
 
 
-def _topk_kl(log_p: Tensor, log_q: Tensor, top_k: int) -> Tensor:
-    kept = log_p.topk(top_k, dim=-1).indices
+def _topk_kl(log_p: Tensor, log_q: Tensor, *, top_k: int) -> Tensor:
+    kept = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1).indices
 
     def pooled(log_probs: Tensor) -> Tensor:
         tail = log_probs.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([log_probs.gather(-1, kept), tail], dim=-1)
 
-    return full_kl(pooled(log_p), pooled(log_q), top_k)
+    return _full_kl(pooled(log_p), pooled(log_q))

@@ -1,30 +1,27 @@
-"""What each response token does: tags -> a role per token, and why a response is malformed."""
+"""What each response token does: blocks of tags -> a role for every token."""
 
-import inspect
-import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from functools import lru_cache, partial
-from itertools import accumulate, groupby
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from srpo_core.typechecking import choose, typechecked
+from srpo_core.checked import choose
+from srpo_core.tags import DEFAULT_TAGS, BrokenReason, Parsed, RoleTagIds, RoleTags, parse_response
+from srpo_core.token_text import TokenizerLike, text_decoder, token_spans
+from srpo_core.typechecking import typechecked
 
 __all__ = [
-    "Block",
-    "BrokenReason",
-    "Parsed",
     "Role",
-    "RoleTagIds",
-    "RoleTags",
+    "RoleMasks",
     "Segmentation",
-    "parse_response",
+    "check_roles",
+    "label_tokens",
+    "role_masks",
+    "roles_of_blocks",
     "segment_responses",
     "segment_roles",
 ]
@@ -38,122 +35,34 @@ class Role(IntEnum):
     REASONING = 2
 
 
-class BrokenReason(IntEnum):
-    """Why a response is malformed, by its first fault; ``NONE`` is well-formed."""
+class RoleMasks(NamedTuple):
+    """The real tokens of each weighted role, [batch, time] booleans."""
 
-    NONE = 0
-    #: No perception block at all.
-    NO_PERCEPTION = 1
-    #: The last block is open though EOS was emitted. (Open because the response was truncated is well-formed.)
-    UNCLOSED = 2
-    #: A block opens inside another.
-    NESTED = 3
-    #: A block opens inside another, and the very next tag closes the outer one.
-    CROSSED = 4
-    #: A block closes that is not open.
-    STRAY_CLOSE = 5
-    #: A second answer block.
-    TWO_ANSWERS = 6
-
-
-class RoleTagIds(NamedTuple):
-    """Token ids of the six tags; -1 for the answer's where answers are not tagged."""
-
-    perception_open: int
-    perception_close: int
-    reasoning_open: int
-    reasoning_close: int
-    answer_open: int = -1
-    answer_close: int = -1
-
-
-_CLOSING_BRACKETS = {"}": "{", "]": "[", ")": "("}
-
-
-def _is_bracketed(pair: tuple[str, str]) -> bool:
-    return pair[1] in _CLOSING_BRACKETS and pair[0].endswith(_CLOSING_BRACKETS[pair[1]])
-
-
-def _pair(argument: str, value: Any) -> tuple[str, str]:
-    """The two tags as a tuple: YAML gives lists, which do not hash."""
-    is_two = isinstance(value, (tuple, list)) and len(value) == 2
-    if not is_two or not all(isinstance(tag, str) and tag for tag in value):
-        raise ValueError(f"{argument} must be two non-empty strings, an opening and a closing tag, got {value!r}")
-    return (value[0], value[1])
-
-
-@dataclass(frozen=True)
-class RoleTags:
-    r"""The opening and closing tag of each block; any strings.
-
-    A pair such as ``("\\boxed{", "}")``, whose closing tag is the bracket its opening tag ends with, is read as TeX
-    reads it: brackets inside are balanced, ``\{`` and ``\}`` are not brackets, and a bracket elsewhere is plain text.
-
-    Attributes:
-        perception: Tags around what the model says it sees.
-        reasoning: Tags around what it concludes.
-        answer: Tags around the answer; None where answers are not tagged.
-
-    Raises:
-        ValueError: If a pair is not two non-empty strings, or one tag would mean two things.
-
-    Example:
-        >>> RoleTags(perception=("<description>", "</description>"), answer=("\\boxed{", "}")).reasoning
-        ('<think>', '</think>')
-    """
-
-    perception: tuple[str, str] = ("<perception>", "</perception>")
-    reasoning: tuple[str, str] = ("<think>", "</think>")
-    answer: tuple[str, str] | None = ("<answer>", "</answer>")
-
-    def __post_init__(self) -> None:
-        for name in ("perception", "reasoning", "answer"):
-            if name != "answer" or self.answer is not None:
-                object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        strict = self._strict
-        for tag in strict:
-            if strict.count(tag) > 1:
-                raise ValueError(f"each tag must mean one thing, got {tag!r} more than once")
+    perception: Tensor
+    reasoning: Tensor
 
     @property
-    def pairs(self) -> dict[str, tuple[str, str]]:
-        """The tags by kind of block, in the order perception, reasoning, answer."""
-        pairs = {"perception": self.perception, "reasoning": self.reasoning}
-        return pairs if self.answer is None else pairs | {"answer": self.answer}
-
-    @property
-    def _strict(self) -> list[str]:
-        """Every tag but closing brackets: those only ever close their own block, and elsewhere are plain text."""
-        return [tag for pair in self.pairs.values() for tag in (pair[:1] if _is_bracketed(pair) else pair)]
-
-    def token_ids(self, tokenizer: Any) -> RoleTagIds:
-        """Ids of the tags, for :func:`segment_roles`.
-
-        Args:
-            tokenizer: Has ``convert_tokens_to_ids`` (transformers) or ``token_to_id`` (tokenizers). The tags should be
-                added tokens: an ordinary vocabulary entry may also be reached by other merges, which ids cannot see.
-
-        Raises:
-            ValueError: If a tag is not a single token of the tokenizer, or is a bracket.
-        """
-        to_id = getattr(tokenizer, "convert_tokens_to_ids", None) or tokenizer.token_to_id
-        unknown = (None, getattr(tokenizer, "unk_token_id", None))
-        for kind, pair in self.pairs.items():
-            if _is_bracketed(pair):
-                raise ValueError(
-                    f"{kind} tags {pair} end in a bracket, which is also plain text: use segment_responses"
-                )
-            for tag in pair:
-                if to_id(tag) in unknown:
-                    raise ValueError(
-                        f"{kind} tag {tag!r} must be a single token of the tokenizer: add it with "
-                        f"tokenizer.add_tokens([{tag!r}]), or use segment_responses, which needs no single tokens"
-                    )
-        return RoleTagIds(*(to_id(tag) for pair in self.pairs.values() for tag in pair))
+    def scored(self) -> Tensor:
+        """The tokens of either role: those that have a score, and a weight that may differ from 1."""
+        return self.perception | self.reasoning
 
 
-#: The tags of the paper.
-DEFAULT_TAGS = RoleTags()
+def role_masks(roles: Tensor, mask: Tensor) -> RoleMasks:
+    """Where the real tokens of each weighted role are."""
+    return RoleMasks(mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING)))
+
+
+def check_roles(arguments: Mapping[str, Any]) -> None:
+    """Raise if a real token has a role outside the enum: a stage of checks for ``typechecked``."""
+    roles, mask = arguments["roles"], arguments["mask"]
+    wrong = (((roles < min(Role)) | (roles > max(Role))) & mask).nonzero()
+    if len(wrong):
+        row, time = wrong[0].tolist()
+        known = ", ".join(f"{role.value} ({role.name})" for role in Role)
+        raise ValueError(
+            f"roles is {roles[row, time]} at trajectory {row} token {time}; expected {known}: "
+            "pass the roles of segment_responses or segment_roles"
+        )
 
 
 class Segmentation(NamedTuple):
@@ -171,7 +80,10 @@ class Segmentation(NamedTuple):
     boundary: Bool[Tensor, "batch time"]
 
 
-_ANSWER_ROLES = {"reasoning": int(Role.REASONING), "other": int(Role.OTHER)}
+def roles_of_blocks(answer_role: str) -> dict[str, int]:
+    """Role of the content of each kind of block."""
+    answer = choose("answer_role", answer_role, {"reasoning": Role.REASONING, "other": Role.OTHER})
+    return {"perception": int(Role.PERCEPTION), "reasoning": int(Role.REASONING), "answer": int(answer)}
 
 
 @typechecked
@@ -213,7 +125,7 @@ def segment_roles(
         >>> [BrokenReason(reason).name for reason in broken.tolist()]
         ['NONE', 'NO_PERCEPTION']
     """
-    answer = choose("answer_role", answer_role, _ANSWER_ROLES)
+    answer = roles_of_blocks(answer_role)["answer"]
     ids = [tag_id for tag_id in tag_ids if tag_id >= 0]
     if len(set(ids)) < len(ids):
         raise ValueError(f"tag_ids must be different from one another, got {tuple(tag_ids)}")
@@ -255,7 +167,7 @@ def segment_roles(
     block = tags.gather(1, count)  # the last tag at or before each token: positive inside its block
     content = mask & ~is_tag & ~is_eos & well_formed
     perception = content & (block == 1)
-    # Reasoning that no perception precedes owes nothing to any: there is no contrast to weigh it by.
+    # Reasoning that no perception precedes depends on none: there is no contrast to weight it by.
     informed = content & (perception.cumsum(dim=1) > 0)
     roles = torch.where(perception, int(Role.PERCEPTION), 0)
     roles = torch.where(informed & (block == 2), int(Role.REASONING), roles)
@@ -277,119 +189,11 @@ def _is_any(token_ids: Tensor, values: int | Sequence[int]) -> Tensor:
     return found
 
 
-class Block(NamedTuple):
-    """A block: its kind (``perception``, ``reasoning`` or ``answer``) and its content, ``text[start:end]``."""
-
-    kind: str
-    start: int
-    end: int
-
-
-class Parsed(NamedTuple):
-    """A response taken apart.
-
-    Attributes:
-        blocks: The blocks in order; of a broken response, those complete before the fault.
-        reason: The first fault, or ``BrokenReason.NONE``.
-        position: Character at which the faulty tag starts (``UNCLOSED``: the tag left open; ``NO_PERCEPTION``: the end
-            of the text). None where the response is well-formed.
-    """
-
-    blocks: tuple[Block, ...]
-    reason: BrokenReason
-    position: int | None
-
-
-def parse_response(text: str, tags: RoleTags = DEFAULT_TAGS, *, finished: bool = True) -> Parsed:
-    """Blocks of a response, and where and why it is malformed.
-
-    Args:
-        text: The response, without its end-of-sequence token.
-        tags: The opening and closing tag of each block.
-        finished: Whether the model ended the response itself. If not, the last block may be open and runs to the end.
-
-    Example:
-        >>> parse_response("<perception>a cat</perception> so <think>it purrs</think>").blocks
-        (Block(kind='perception', start=12, end=17), Block(kind='reasoning', start=41, end=49))
-        >>> text = "<perception>a cat<think>it purrs</think>"
-        >>> _, reason, position = parse_response(text)
-        >>> reason.name, text[position:]
-        ('NESTED', '<think>it purrs</think>')
-    """
-    pairs = tags.pairs
-    grammar = _grammar(tags)
-    blocks: list[Block] = []
-    current, start, depth = None, 0, 0  # kind of the open block, where its content starts, brackets open inside it
-    outer = None  # kind of the block around it, which is a fault already: the next tag tells nested from crossed
-
-    def broken(reason: BrokenReason, position: int) -> Parsed:
-        return Parsed(tuple(blocks), reason, position)
-
-    def current_tag() -> int:
-        return start - len(pairs[current][0]) if current is not None else len(text)
-
-    for match in grammar.pattern.finditer(text):
-        found = match.group()
-        closes = current is not None and depth == 0 and found == pairs[current][1]
-        if not closes and found not in grammar.tags:
-            if current in grammar.brackets and found in grammar.brackets[current]:
-                depth += 1 if found == grammar.brackets[current][0] else -1
-        elif outer is not None:
-            if outer != current and found == pairs[outer][1]:
-                return broken(BrokenReason.CROSSED, match.start())
-            return broken(BrokenReason.NESTED, current_tag())
-        elif current is not None and closes:
-            blocks.append(Block(current, start, match.start()))
-            current = None
-        elif found not in grammar.opening:
-            return broken(BrokenReason.STRAY_CLOSE, match.start())
-        elif current is None and grammar.opening[found] == "answer" and any(b.kind == "answer" for b in blocks):
-            return broken(BrokenReason.TWO_ANSWERS, match.start())
-        else:
-            outer, current, start = current, grammar.opening[found], match.end()
-    if outer is not None:
-        return broken(BrokenReason.NESTED, current_tag())
-    if current is not None and finished:
-        return broken(BrokenReason.UNCLOSED, current_tag())
-    if current is not None:
-        blocks.append(Block(current, start, len(text)))
-    if not any(block.kind == "perception" for block in blocks):
-        return broken(BrokenReason.NO_PERCEPTION, len(text))
-    return Parsed(tuple(blocks), BrokenReason.NONE, None)
-
-
-class _Grammar(NamedTuple):
-    pattern: re.Pattern[str]
-    opening: dict[str, str]  # opening tag -> kind of block
-    tags: frozenset[str]  # every tag but closing brackets
-    brackets: dict[str, tuple[str, str]]  # kind of block -> the brackets to balance inside it
-
-
-@lru_cache(maxsize=64)
-def _grammar(tags: RoleTags) -> _Grammar:
-    opening = {pair[0]: kind for kind, pair in tags.pairs.items()}
-    brackets = {kind: (pair[0][-1], pair[1]) for kind, pair in tags.pairs.items() if _is_bracketed(pair)}
-    strict = frozenset(tags._strict)
-    # Longest first: one tag may begin another. Escapes come last, since a tag may itself begin with a backslash.
-    alternatives = [re.escape(tag) for tag in sorted(strict, key=len, reverse=True)]
-    if brackets:
-        any_bracket = "".join(re.escape(bracket) for bracket in sorted({b for pair in brackets.values() for b in pair}))
-        alternatives += [rf"\\[\\{any_bracket}]", f"[{any_bracket}]"]
-    return _Grammar(re.compile("|".join(alternatives)), opening, strict, brackets)
-
-
-@runtime_checkable
-class _Tokenizer(Protocol):
-    """A tokenizer of ``tokenizers`` or ``transformers``, or anything else that decodes."""
-
-    def decode(self, token_ids: Any, /, *args: Any, **kwargs: Any) -> Any: ...
-
-
 @typechecked
 def segment_responses(
     token_ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
-    tokenizer: _Tokenizer,
+    tokenizer: TokenizerLike,
     *,
     tags: RoleTags = DEFAULT_TAGS,
     eos_token_id: int | Sequence[int] | None = None,
@@ -429,11 +233,7 @@ def segment_responses(
         >>> segment_responses(ids, ids >= 0, Characters(), tags=tags).roles
         tensor([[0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]])
     """
-    role_of = {
-        "perception": int(Role.PERCEPTION),
-        "reasoning": int(Role.REASONING),
-        "answer": choose("answer_role", answer_role, _ANSWER_ROLES),
-    }
+    role_of = roles_of_blocks(answer_role)
     if eos_token_id is None:
         eos_token_id = getattr(tokenizer, "eos_token_id", None)
     if eos_token_id is None:
@@ -479,7 +279,7 @@ def label_tokens(
                 boundary[token] = True
         if kind == "perception" and not text[start:end].strip():
             continue
-        # Reasoning that no perception precedes owes nothing to any: there is no contrast to weigh it by.
+        # Reasoning that no perception precedes depends on none: there is no contrast to weight it by.
         informed = informed or kind == "perception"
         if informed:
             for token in _overlapping(starts, ends, start, end):
@@ -492,79 +292,3 @@ def _overlapping(starts: list[int], ends: list[int], start: int, end: int) -> ra
     if start == end:  # an empty block: the token that straddles it holds nothing of it
         return range(0)
     return range(bisect_right(ends, start), bisect_left(starts, end))
-
-
-_Decode = Callable[[list[int]], str]
-
-
-def text_decoder(tokenizer: _Tokenizer) -> _Decode:
-    """The tokenizer's ``decode``, told to leave the text alone as far as it can be told."""
-    wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    try:
-        parameters = inspect.signature(tokenizer.decode).parameters.values()
-    except ValueError:  # compiled without a signature
-        return tokenizer.decode
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    names = {parameter.name for parameter in parameters}
-    return partial(tokenizer.decode, **{name: value for name, value in wanted.items() if takes_any or name in names})
-
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
-
-
-def token_spans(ids: list[int], decode: _Decode, known: dict[Any, Any]) -> tuple[str, list[int], list[int]]:
-    """Text of the tokens, and where in it each token starts and ends.
-
-    Each distinct token is decoded once (``known`` remembers), and tokens that hold only parts of a character together
-    with their neighbours. These pieces are right if they add up to the text. If they do not, because the decoder looks
-    further than one token, growing prefixes of the response are decoded instead: exact, but quadratic.
-    """
-    text = decode(ids)
-    pieces = [_piece(token, decode, known) for token in ids]
-    if ids:
-        pieces[0] = decode(ids[:1])  # many decoders strip the space at the start of a text
-    starts, ends, length = [], [], 0
-    for is_partial, group in groupby(range(len(ids)), key=lambda token: _REPLACEMENT in pieces[token]):
-        run = list(group)
-        if is_partial:
-            before, run_ids = tuple(ids[max(run[0] - 1, 0) : run[0]]), tuple(ids[run[0] : run[-1] + 1])
-            if (before, run_ids) not in known:
-                known[before, run_ids] = _prefix_spans(run_ids, decode, after=before)
-            joint, run_starts, run_ends = known[before, run_ids]
-            pieces[run[0] : run[-1] + 1] = [joint] + [""] * (len(run) - 1)
-            starts += [length + start for start in run_starts]
-            ends += [length + end for end in run_ends]
-        else:
-            edges = list(accumulate((len(pieces[token]) for token in run), initial=length))
-            starts += edges[:-1]
-            ends += edges[1:]
-        length = sum(map(len, pieces[run[0] : run[-1] + 1]), start=length)
-    return (text, starts, ends) if "".join(pieces) == text else _prefix_spans(tuple(ids), decode)
-
-
-def _piece(token: int, decode: _Decode, known: dict[Any, Any]) -> str:
-    """What a token adds to a text that does not start with it."""
-    if token not in known:
-        known[token] = decode([token, token])[len(decode([token])) :]
-    return known[token]
-
-
-def _prefix_spans(
-    ids: tuple[int, ...], decode: _Decode, *, after: tuple[int, ...] = ()
-) -> tuple[str, list[int], list[int]]:
-    """The same from the prefixes of the tokens, each decoded ``after`` some others."""
-    skipped = len(decode([*after])) if after else 0
-    text = decode([*after, *ids])[skipped:]
-    starts, ends, settled = [], [], 0
-    for count in range(1, len(ids) + 1):
-        prefix = decode([*after, *ids[:count]])[skipped:]
-        agreed = len(prefix)
-        while not text.startswith(prefix[:agreed]):
-            agreed -= 1
-        # What does not agree yet is a character this token leaves unfinished: it holds a part of it all the same.
-        unfinished = agreed < len(prefix)
-        # A token that adds nothing (one more byte of no character) belongs to the character before it.
-        before, settled = settled, max(settled, agreed)
-        starts.append(min(before, max(settled + unfinished - 1, 0)))
-        ends.append(settled + unfinished)
-    return text, starts, ends

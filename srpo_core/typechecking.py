@@ -1,34 +1,67 @@
-"""The one switch between shape annotations and shape checks."""
+"""Shape annotations become checks here, and checks of values become their second stage."""
 
 import functools
 import inspect
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, overload
 
 import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import Tensor
 
-__all__ = ["choose", "typechecked"]
+__all__ = ["ValueCheck", "typechecked"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+#: Gets a function's arguments by their names, reads tensors on the host, and raises a sentence.
+ValueCheck = Callable[[Mapping[str, Any]], None]
 
 # YAML and command lines write `kl_coef: 0`; the numeric tower accepts an int where a float is meant.
 _CONF = BeartypeConf(is_pep484_tower=True)
 
 
-def typechecked(function: Callable[P, R]) -> Callable[P, R]:
-    """Check dtypes, shapes and option names of a public function against its annotations.
+class _Thread(threading.local):
+    """Whether this thread is inside a function whose values have been checked already."""
 
-    A mismatch is a :class:`jaxtyping.TypeCheckError` (a ``TypeError``) that names the argument, what it should
-    be, what it was and what to pass instead. About 6 µs plus 6 µs per tensor a call. The checks are off under
-    ``torch.compile``, where they would break the graph, and with ``JAXTYPING_DISABLE=1``: shapes are then on trust.
+    values_are_checked = False
+
+
+_THREAD = _Thread()
+
+
+@overload
+def typechecked(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def typechecked(
+    *, values: tuple[ValueCheck, ...], on_device: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def typechecked(function: Any = None, /, *, values: tuple[ValueCheck, ...] = (), on_device: bool = True) -> Any:
+    """Check the arguments of a public function: shapes and dtypes against its annotations, then values.
+
+    A tensor that does not fit is a :class:`jaxtyping.TypeCheckError` (a ``TypeError``) that names the argument, what
+    it should be, what it was and what to pass instead. A name that is none of a ``Literal`` is a ``ValueError``. This
+    costs about 6 µs plus 6 µs per tensor a call. Nothing is checked under ``torch.compile``, where checks would break
+    the graph; with ``JAXTYPING_DISABLE=1`` no shapes are, which are then on trust.
+
+    Args:
+        function: What to check, where the decorator is used without arguments.
+        values: The checks of the stage after the shapes. They run in the outermost call only: what a function hands on
+            to others has been checked, or was computed here.
+        on_device: Whether they also look at tensors of an accelerator, and so wait for it. False for functions that
+            run at every optimizer step.
     """
-    checked = jaxtyped(typechecker=beartype(conf=_CONF))(function)
+    if function is None:
+        return functools.partial(_decorated, values=values, on_device=on_device)
+    return _decorated(function, values=(), on_device=on_device)
+
+
+def _decorated(function: Callable[P, R], *, values: tuple[ValueCheck, ...], on_device: bool) -> Callable[P, R]:
+    staged = _with_values_checked(function, values, on_device) if values else function
+    checked = jaxtyped(typechecker=beartype(conf=_CONF))(staged)
     # Of a sequence, beartype checks one item, drawn from Python's global generator: training must not notice.
     has_sequence = any(map(_names_sequence, function.__annotations__.values()))
     guard = _random_state_kept if has_sequence else nullcontext
@@ -43,11 +76,37 @@ def typechecked(function: Callable[P, R]) -> Callable[P, R]:
             message = _explain(function, args, kwargs)
             if message is None:
                 raise
-            raise TypeCheckError(message) from error
+            raise (ValueError if isinstance(message, _UnknownChoice) else TypeCheckError)(message) from error
 
     # torch.compile counts recompilations by code object: without its own, the ninth wrapped function hits the limit.
     wrapper.__code__ = wrapper.__code__.replace(co_name=f"typechecked_{function.__name__}")
     return functools.wraps(function)(wrapper)
+
+
+def _with_values_checked(function: Callable[P, R], checks: tuple[ValueCheck, ...], on_device: bool) -> Callable[P, R]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def staged(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _THREAD.values_are_checked:
+            return function(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        if on_device or all(value.device.type == "cpu" for value in arguments.values() if isinstance(value, Tensor)):
+            for check in checks:
+                check(arguments)
+        _THREAD.values_are_checked = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _THREAD.values_are_checked = False
+
+    return staged
+
+
+class _UnknownChoice(str):
+    """A message about a name that is none of its options."""
+
+    __slots__ = ()
 
 
 def _names_sequence(annotation: Any) -> bool:
@@ -64,13 +123,6 @@ def _random_state_kept() -> Iterator[None]:
         random.setstate(state)
 
 
-def choose(argument: str, value: str, options: Mapping[str, R]) -> R:
-    """Return ``options[value]``, or raise a ``ValueError`` that names the argument and its options."""
-    if value not in options:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, options))}, got {value!r}")
-    return options[value]
-
-
 def _explain(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Say in one sentence which argument is wrong, or None when the arguments look right (a bug of ours, then)."""
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -79,7 +131,7 @@ def _explain(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         annotation = function.__annotations__.get(argument)
         problem = _mismatch(argument, value, annotation, sizes)
         if problem is not None:
-            return f"{function.__name__}: {problem}"
+            return type(problem)(f"{function.__name__}: {problem}")
     return None
 
 
@@ -91,7 +143,9 @@ def _mismatch(argument: str, value: Any, annotation: Any, sizes: dict[str, tuple
     if not shapes:
         literals = [option for option in (annotation, *options) if get_origin(option) is Literal]
         if literals and value not in get_args(literals[0]):
-            return f"{argument} must be one of {', '.join(map(repr, get_args(literals[0])))}, got {value!r}"
+            return _UnknownChoice(
+                f"{argument} must be one of {', '.join(map(repr, get_args(literals[0])))}, got {value!r}"
+            )
         if isinstance(annotation, type) and not isinstance(value, annotation):
             numeric = annotation is float and isinstance(value, int)
             return None if numeric else f"{argument} must be of type {annotation.__name__}, got {value!r}"

@@ -15,8 +15,7 @@ class Batch:
     corrupted_log_probs: torch.Tensor
     counterfactual_log_probs: torch.Tensor
     ref_log_probs: torch.Tensor
-    visual: torch.Tensor
-    consistency: torch.Tensor
+    scores: torch.Tensor
     roles: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
@@ -54,9 +53,8 @@ def batches(draw, dtype=torch.float64, max_batch=5, max_time=9):
         corrupted_log_probs=padded(log_probs_near(old, spread)),
         counterfactual_log_probs=padded(log_probs_near(old, spread)),
         ref_log_probs=padded(log_probs_near(old, 0.3)),
-        # Scores hold NaN also where another role's score would be read.
-        visual=padded(log_probs_near(0.0, spread), mask & (roles == Role.PERCEPTION)),
-        consistency=padded(log_probs_near(0.0, spread), mask & (roles == Role.REASONING)),
+        # Scores are NaN also at real tokens that have none.
+        scores=padded(log_probs_near(0.0, spread), mask & (roles != Role.OTHER)),
         roles=roles,
         mask=mask,
         advantages=torch.randn(batch, generator=g, dtype=torch.float64).to(dtype)

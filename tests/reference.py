@@ -53,8 +53,7 @@ def divergence(logits, other, kind, temperature=1.0, top_k=64):
 
 
 def weights(
-    visual,
-    consistency,
+    scores,
     roles,
     mask,
     *,
@@ -64,26 +63,23 @@ def weights(
     renormalization="trajectory",
     visual_scale=1.0,
     consistency_scale=1.0,
-    bound=0.6931471805599453,
     sign="symmetric",
     advantages=None,
     mix=1.0,
+    **parameters,
 ):
     result = []
     for i in range(len(roles)):
         row = [1.0 if real else 0.0 for real in mask[i]]
         members = [t for t in range(len(row)) if mask[i][t] and roles[i][t] in (PERCEPTION, REASONING)]
         if len(members) >= 2:
-            u = {
-                t: visual[i][t] / visual_scale if roles[i][t] == PERCEPTION else consistency[i][t] / consistency_scale
-                for t in members
-            }
+            u = {t: scores[i][t] / (visual_scale if roles[i][t] == PERCEPTION else consistency_scale) for t in members}
             center = _baseline(u, roles[i], members, baseline)
             direction = 1.0
             if sign == "advantage":
                 direction = (advantages[i] > 0) - (advantages[i] < 0)
             x = {t: direction * (u[t] - center[t]) for t in members}
-            v = _map(x, members, weight_map, strength, bound)
+            v = _map(x, members, weight_map, strength, **parameters)
             for t in members:
                 if renormalization == "trajectory":
                     peers = members
@@ -116,7 +112,7 @@ def _baseline(u, roles, members, kind):
     return dict.fromkeys(members, 0.0)
 
 
-def _map(x, members, kind, strength, bound):
+def _map(x, members, kind, strength, bound=0.6931471805599453):
     if kind == "exp_tanh":
         return {t: math.exp(strength * bound * math.tanh(x[t] / bound)) for t in members}
     if kind == "exp_clip":
@@ -150,21 +146,9 @@ def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4):
     return result
 
 
-def surrogate(
-    log_probs,
-    old_log_probs,
-    advantages,
-    mask,
-    kind,
-    *,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    max_ratio=5.0,
-    temperature_positive=1.0,
-    temperature_negative=1.05,
-):
+def surrogate(log_probs, old_log_probs, advantages, mask, kind, **parameters):
     """Token losses; ratios without a gradient (CISPO, GSPO-token) have the same value as those with one."""
+    low, high, dual = (parameters.get(*each) for each in (("low", 0.2), ("high", 0.2), ("dual", None)))
     result = []
     for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
         count = sum(real)
@@ -176,23 +160,66 @@ def surrogate(
                 continue
             ratio = math.exp(min(max(mean if kind.startswith("gspo") else p - q, -20.0), 20.0))
             if kind == "cispo":
-                loss = -min(ratio, max_ratio) * a * p
+                loss = -min(ratio, parameters.get("max_ratio", 5.0)) * a * p
             elif kind == "sapo":
-                tau = temperature_positive if a > 0 else temperature_negative
+                tau = _temperature(a, **parameters)
                 loss = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * a
             else:
-                loss = -min(ratio * a, min(max(ratio, 1 - clip_low), 1 + clip_high) * a)
-                if dual_clip is not None and a < 0:
-                    loss = min(loss, -dual_clip * a)
+                loss = -min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+                if dual is not None and a < 0:
+                    loss = min(loss, -dual * a)
             row.append(loss)
         result.append(row)
     return result
 
 
+def _temperature(advantage, temperature_positive=1.0, temperature_negative=1.05):
+    return temperature_positive if advantage > 0 else temperature_negative
+
+
+def surrogate_metrics(log_probs, old_log_probs, advantages, mask, kind, **parameters):
+    """What a surrogate reports of itself: shares of the real tokens, or the mean slope of the gate."""
+    tokens = []
+    for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
+        deltas = [p - q for p, q, r in zip(new, old, real, strict=True) if r]
+        mean = math.fsum(deltas) / len(deltas) if deltas else 0.0
+        credit = [a for a, r in zip(advantage, real, strict=True) if r]
+        tokens += [(math.exp(mean if kind.startswith("gspo") else d), a) for d, a in zip(deltas, credit, strict=True)]
+
+    def average(of, empty=0.0):
+        return math.fsum(of(ratio, a) for ratio, a in tokens) / len(tokens) if tokens else empty
+
+    def slope(ratio, a):
+        gate = 1 / (1 + math.exp(-_temperature(a, **parameters) * (ratio - 1)))
+        return 4 * gate * (1 - gate)
+
+    if kind == "cispo":
+        return {"clip/high": average(lambda ratio, a: ratio > parameters.get("max_ratio", 5.0))}
+    if kind == "sapo":
+        return {"gate/mean": average(slope, empty=1.0)}
+    low, high, dual = (parameters.get(*each) for each in (("low", 0.2), ("high", 0.2), ("dual", None)))
+    metrics = {
+        "clip/low": average(lambda ratio, a: ratio < 1 - low and a < 0),
+        "clip/high": average(lambda ratio, a: ratio > 1 + high and a > 0),
+    }
+    if dual is not None:
+        metrics["clip/dual"] = average(lambda ratio, a: ratio > dual and a < 0)
+    return metrics
+
+
+def k3(delta):
+    """The estimate up to 5 nats, and from there on a straight line of its value and its slope, e^5 - 1, at 5."""
+    if delta <= 5.0:
+        return math.exp(delta) - delta - 1.0
+    return (math.exp(5.0) - 5.0 - 1.0) + (math.exp(5.0) - 1.0) * (delta - 5.0)
+
+
 def kl_penalty(log_probs, ref_log_probs, mask, estimator="k3"):
     def estimate(p, ref):
         delta = ref - p
-        return {"k1": -delta, "k2": delta * delta / 2, "k3": math.exp(delta) - delta - 1}[estimator]
+        if estimator == "k3":
+            return k3(delta)
+        return -delta if estimator == "k1" else delta * delta / 2
 
     return [
         [estimate(p, ref) if real else 0.0 for p, ref, real in zip(*rows, strict=True)]
@@ -223,8 +250,8 @@ def _mean_one(values, roles, mask, known):
     return row
 
 
-def linear_use(coefficients, log_probs, roles, mask):
-    """Use by gradient where token r has log-odds sum_t <coefficients[r][t], e_t>: these vectors are the gradient."""
+def linear_reliance(coefficients, log_probs, roles, mask):
+    """Reliance by gradient where token r has log-odds sum_t <coefficients[r][t], e_t>: these are the gradient."""
     result = []
     for row in range(len(mask)):
         time = range(len(mask[row]))
@@ -257,23 +284,23 @@ def spans(roles, mask, count):
     return result
 
 
-def span_use(log_probs, without, spans, roles, mask, clip=5.0):
+def span_reliance(log_probs, without, spans, roles, mask, clip=5.0):
     result = []
     for i in range(len(mask)):
         reasoning = [t for t in range(len(mask[i])) if mask[i][t] and roles[i][t] == REASONING]
-        owed = [math.fsum(contrast(log_probs[i][r], w[i][r], "positive", clip) for r in reasoning) for w in without]
-        values = [owed[k] if 0 <= k < len(owed) else 0.0 for k in spans[i]]
+        lost = [math.fsum(contrast(log_probs[i][r], w[i][r], "positive", clip) for r in reasoning) for w in without]
+        values = [lost[k] if 0 <= k < len(lost) else 0.0 for k in spans[i]]
         result.append(_mean_one(values, roles[i], mask[i], [k >= 0 for k in spans[i]]))
     return result
 
 
-def apply_use(visual, use, roles, mask, mode="product"):
+def apply_reliance(scores, reliance, roles, mask, mode="product"):
     result = []
     for i in range(len(mask)):
         perception = [t for t in range(len(mask[i])) if mask[i][t] and roles[i][t] == PERCEPTION]
-        row = [0.0] * len(mask[i])
+        row = list(scores[i])
         for t in perception:
-            score = visual[i][t] if mode == "product" else math.fsum(visual[i][k] for k in perception) / len(perception)
-            row[t] = score * use[i][t]
+            score = scores[i][t] if mode == "product" else math.fsum(scores[i][k] for k in perception) / len(perception)
+            row[t] = score * reliance[i][t]
         result.append(row)
     return result

@@ -1,10 +1,20 @@
-"""A rollout file with a bit of everything, in a few steps, for the command line and the page."""
+"""Rollout files for tests: one with a bit of everything, malformed lines, and the commands that read them."""
 
 import json
 
 import torch
+from typer.testing import CliRunner
 
+from srpo_core.cli.app import app
 from srpo_core.rollouts import RolloutWriter
+
+#: What each command that reads a rollout file is called with.
+COMMANDS = {
+    "report": lambda file: ["report", file, "-o", file.with_suffix(".html")],
+    "show": lambda file: ["show", file, "--index", "1"],
+    "segment": lambda file: ["segment", file],
+    "weights": lambda file: ["weights", file, "--strength", "0.5"],
+}
 
 #: What a model, or whoever feeds one, may write to break out of a page or to steer a terminal.
 HOSTILE = [
@@ -17,6 +27,19 @@ HOSTILE = [
     "\x1b]0;title\x07\x1b[31m",
     "javascript:window.hacked=1",
 ]
+
+
+def srpo(*arguments, code=0):
+    """The result of a command, which must end with this exit status."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (arguments, result.output, result.exception)
+    return result
+
+
+def check_that_commands_serve(file):
+    """Every command reads the file to its end."""
+    for arguments in COMMANDS.values():
+        srpo(*arguments(file))
 
 
 def words(perception, answer, reasoning=("so", " it", " is")):
@@ -79,7 +102,7 @@ def write_rollouts(path, *, steps=3, groups=3, size=4, hostile=True, interferenc
 
 
 def add_malformed(path):
-    """Break line 2, and add a line with a field that is none; returns their numbers."""
+    """Tear line 2, and add a line with an unknown field; returns the numbers of both lines."""
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines knows more ends of lines
     lines[1] = lines[1][:40]
     lines.append(json.dumps({"tokens": ["a"], "log_probs": [-1]}))

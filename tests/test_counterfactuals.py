@@ -72,7 +72,7 @@ def slow(rows, groups, kind):
 @pytest.mark.parametrize("kind", ["swap", "drop", "mask"])
 @settings(max_examples=150)
 @given(drawn=responses())
-def test_agrees_with_lists(kind, drawn):
+def test_counterfactual_responses_agree_with_lists(kind, drawn):
     rows, groups = drawn
     ids, roles, mask, boundary = tensors(rows)
     before = [tensor.clone() for tensor in (ids, roles, mask, boundary)]
@@ -177,7 +177,7 @@ class TestCarryBack:
         for kind, places in (("swap", [[2, 3], [3, 4]]), ("drop", [[1, 2], [1, 2]]), ("mask", [[3, 4], [2, 3]])):
             result = counterfactual_responses(ids, roles, mask, kind=kind)
             scored = torch.randn(result.token_ids.shape)
-            carried = result.carry_back(scored, original)
+            carried = result.carry_back(scored, original_log_probs=original)
             expected = original.clone()
             expected[0, 3:], expected[1, 2:4] = scored[0, places[0]], scored[1, places[1]]
             assert torch.equal(carried, expected)  # the third row has no perception
@@ -187,22 +187,22 @@ class TestCarryBack:
         result = counterfactual_responses(ids, roles, mask)
         original = torch.randn(2, 5)
         assert torch.equal(result.token_ids, ids)
-        assert torch.equal(result.carry_back(torch.randn(2, 5), original), original)
+        assert torch.equal(result.carry_back(torch.randn(2, 5), original_log_probs=original), original)
 
     def test_everything_dropped(self):
         ids = torch.tensor([[5, 6]])
         result = counterfactual_responses(ids, torch.ones_like(ids), ids > 0, kind="drop")
         assert result.token_ids.shape == (1, 0)
         original = torch.randn(1, 2)
-        assert torch.equal(result.carry_back(torch.empty(1, 0), original), original)
+        assert torch.equal(result.carry_back(torch.empty(1, 0), original_log_probs=original), original)
 
     def test_shapes_are_checked(self):
         ids, roles, mask = perceptions([5, 6], [7])
         result = counterfactual_responses(ids, roles, mask, kind="drop")
         with pytest.raises(ValueError, match=r"^log_probs must have shape \(2, 3\), got \(2, 5\)"):
-            result.carry_back(torch.zeros(2, 5), torch.zeros(2, 5))
+            result.carry_back(torch.zeros(2, 5), original_log_probs=torch.zeros(2, 5))
         with pytest.raises(ValueError, match=r"original_log_probs must have shape \(2, 5\), got \(2, 3\)"):
-            result.carry_back(torch.zeros(2, 3), torch.zeros(2, 3))
+            result.carry_back(torch.zeros(2, 3), original_log_probs=torch.zeros(2, 3))
 
 
 class TinyCausalModel(nn.Module):
@@ -252,7 +252,8 @@ def test_log_probs_carried_back_equal_one_by_one_scoring_without_padding(kind, d
     with torch.no_grad():
         inside = mask.flip(1).cumsum(1).flip(1) > 0
         original = score(model, prompt, ids, inside)
-        carried = result.carry_back(score(model, prompt, result.token_ids, result.attention_mask), original)
+        scored = score(model, prompt, result.token_ids, result.attention_mask)
+        carried = result.carry_back(scored, original_log_probs=original)
         for row, (new, places, _) in enumerate(slow(rows, groups, kind)):
             # One by one: only what may be attended, nothing else in the sequence.
             kept = [token for token, _, attended in new if attended]
@@ -287,7 +288,8 @@ def test_empty_batches(kind, shape):
     result = counterfactual_responses(ids, ids, ids > 0, kind=kind)
     assert result.donors.tolist() == [-1] * shape[0]
     assert result.positions.shape == shape
-    assert result.carry_back(torch.zeros(result.token_ids.shape), torch.zeros(shape)).shape == shape
+    scored = torch.zeros(result.token_ids.shape)
+    assert result.carry_back(scored, original_log_probs=torch.zeros(shape)).shape == shape
 
 
 @pytest.mark.parametrize("kind", ["swap", "drop", "mask"])
@@ -298,18 +300,21 @@ def test_dtypes(kind, dtype):
         ids.to(dtype), roles.to(dtype), mask, kind=kind, group_ids=torch.zeros(2, dtype=dtype)
     )
     assert [tensor.dtype for tensor in result] == [dtype, torch.bool, torch.bool, torch.int64, torch.int64]
-    carried = result.carry_back(torch.zeros(result.token_ids.shape, dtype=torch.float64), torch.zeros(2, 5).double())
+    scored = torch.zeros(result.token_ids.shape, dtype=torch.float64)
+    carried = result.carry_back(scored, original_log_probs=torch.zeros(2, 5).double())
     assert carried.dtype == torch.float64
 
 
 def test_arguments_are_checked():
     ids, roles, mask = perceptions([5, 6], [7])
-    with pytest.raises(TypeCheckError, match="kind must be one of 'swap', 'drop', 'mask', got 'shuffle'"):
+    with pytest.raises(ValueError, match="kind must be one of 'swap', 'drop', 'mask', got 'shuffle'"):
         counterfactual_responses(ids, roles, mask, kind="shuffle")
     with pytest.raises(TypeCheckError, match="group_ids must be Int"):
         counterfactual_responses(ids, roles, mask, group_ids=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeCheckError, match=r"pass mask.bool\(\)"):
         counterfactual_responses(ids, roles, mask.long())
+    with pytest.raises(ValueError, match="^roles is 5 at trajectory 0 token 1"):  # exchanged with the tokens
+        counterfactual_responses(roles, ids, mask)
 
 
 def test_a_donor_says_something_else_by_the_keys_where_there_are_any():

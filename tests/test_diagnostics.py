@@ -6,11 +6,13 @@ import statistics
 import pytest
 import torch
 from batches import batches
+from helpers import as_lists, close
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_core import Role, srpo_advantages
 from srpo_core.diagnostics import QUANTILES, credit_diagnostics, credit_metrics, interference
+from srpo_core.tags import BrokenReason
 
 ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
 
@@ -26,22 +28,20 @@ def quantile(values, percent):
 def inputs(batch):
     credit = srpo_advantages(
         batch.old_log_probs,
-        batch.corrupted_log_probs,
-        batch.counterfactual_log_probs,
-        batch.roles,
         batch.advantages,
+        batch.roles,
         batch.mask,
+        corrupted_log_probs=batch.corrupted_log_probs,
+        counterfactual_log_probs=batch.counterfactual_log_probs,
     )
-    # The public scores are 0 outside their role; the diagnostics must not rely on it.
-    visual = torch.where(batch.mask & (batch.roles == Role.PERCEPTION), credit.visual_dependency, torch.nan)
-    consistency = torch.where(batch.mask & (batch.roles == Role.REASONING), credit.perception_consistency, torch.nan)
+    # Scores are 0 at tokens of no role; the diagnostics must not rely on it.
+    scores = torch.where(batch.scored, credit.scores, torch.nan)
     weights = torch.where(batch.mask, credit.weights, torch.nan)
-    return weights, visual, consistency, batch.roles, batch.mask
+    return weights, batch.roles, batch.mask, scores
 
 
 def reference(batch, args, correct, donors, score_clip):
-    weights, visual, consistency, roles, mask = (tensor.tolist() for tensor in args)
-    scores = {"perception": visual, "reasoning": consistency}
+    weights, roles, mask, scores = as_lists(*args)
     rows, times = range(len(mask)), range(len(mask[0]))
     real = [(i, t) for i in rows for t in times if mask[i][t]]
     expected, scored = {}, []
@@ -56,7 +56,7 @@ def reference(batch, args, correct, donors, score_clip):
             for key, percent in QUANTILES.items():
                 expected[f"weight/{name}{suffix}/{key}"] = quantile(values, percent) if values else 1.0
             expected[f"weight/{name}{suffix}/mean"] = statistics.fmean(values) if values else 1.0
-        values = [scores[name][i][t] for i, t in tokens]
+        values = [scores[i][t] for i, t in tokens]
         for key, percent in QUANTILES.items():
             expected[f"score/{name}/{key}"] = quantile(values, percent) if values else 0.0
         expected[f"score/{name}/std"] = statistics.pstdev(values) if values else 0.0
@@ -81,14 +81,15 @@ def reference(batch, args, correct, donors, score_clip):
 
 
 @given(batches(), st.data())
-def test_every_statistic_equals_a_reference_with_loops(batch, data):
+def test_credit_diagnostics_equal_a_reference_with_loops(batch, data):
     rows = len(batch.mask)
     correct = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
     donors = data.draw(st.lists(st.integers(-1, rows - 1), min_size=rows, max_size=rows))
     score_clip = data.draw(st.sampled_from([1e-3, 5.0]))
     args = inputs(batch)
     metrics = credit_diagnostics(
-        *args,
+        *args[:3],
+        scores=args[3],
         broken=torch.zeros(rows, dtype=torch.int64),
         advantages=batch.advantages,
         correct=torch.tensor(correct),
@@ -98,7 +99,7 @@ def test_every_statistic_equals_a_reference_with_loops(batch, data):
         score_clip=score_clip,
     )
     expected = reference(batch, args, correct, donors, score_clip)
-    old = credit_metrics(*args, broken=torch.zeros(rows, dtype=torch.int64))
+    old = credit_metrics(*args[:3], scores=args[3], broken=torch.zeros(rows, dtype=torch.int64))
     assert metrics.keys() == expected.keys() | old.keys()
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
@@ -109,28 +110,28 @@ def test_every_statistic_equals_a_reference_with_loops(batch, data):
 
 @given(batches())
 def test_without_its_argument_a_statistic_is_absent(batch):
-    names = credit_diagnostics(*inputs(batch)).keys()
+    weights, roles, mask, scores = inputs(batch)
+    names = credit_diagnostics(weights, roles, mask, scores=scores).keys()
     assert not [name for name in names if name.split("/")[0] in {"noise", "swap", "advantage", "broken", "right"}]
     assert not [name for name in names if "clipped" in name or "wrong" in name]
 
 
 def tensors(batch, time, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    weights, visual, log_probs, repeated = (torch.rand(batch, time, generator=g) for _ in range(4))
+    weights, scores, log_probs, repeated = (torch.rand(batch, time, generator=g) for _ in range(4))
     roles = torch.randint(0, 3, (batch, time), generator=g)
     advantages = torch.randn(batch, generator=g)
     donors = torch.arange(batch) - 1
-    made = (weights, visual, roles, roles < 3, advantages, advantages > 0, donors, log_probs, repeated)
+    made = (weights, scores, roles, roles < 3, advantages, advantages > 0, donors, log_probs, repeated)
     return [tensor.to(device) for tensor in made]
 
 
-def everything(weights, visual, roles, mask, advantages, correct, donors, log_probs, repeated):
+def everything(weights, scores, roles, mask, advantages, correct, donors, log_probs, repeated):
     return credit_diagnostics(
         weights,
-        visual,
-        visual,
         roles,
         mask,
+        scores=scores,
         broken=donors,
         advantages=advantages,
         correct=correct,
@@ -166,18 +167,25 @@ def test_a_token_that_both_passes_exclude_is_no_noise():
     excluded = torch.tensor([[-torch.inf, -1.0]])
     roles, mask = torch.tensor([[1, 1]]), torch.ones(1, 2).bool()
     ones = torch.ones(1, 2)
-    metrics = credit_diagnostics(ones, ones, ones, roles, mask, log_probs=excluded, repeated_log_probs=excluded - 0.0)
+    metrics = credit_diagnostics(
+        ones, roles, mask, scores=ones, log_probs=excluded, repeated_log_probs=excluded.clone()
+    )
     assert metrics["noise/perception/rms"] == 0
 
 
 def test_errors_name_the_argument():
     ones, roles = torch.ones(1, 2), torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match="score_clip must be above 0 nats, got 0"):
-        credit_diagnostics(ones, ones, ones, roles, ones.bool(), score_clip=0.0)
-    with pytest.raises(ValueError, match="log_probs is None; repeated_log_probs needs"):
-        credit_diagnostics(ones, ones, ones, roles, ones.bool(), repeated_log_probs=ones)
+    args = (ones, roles, ones.bool())
+    for score_clip in (0.0, math.nan):
+        with pytest.raises(ValueError, match=f"^score_clip must be above 0, got {score_clip}"):
+            credit_diagnostics(*args, scores=ones, score_clip=score_clip)
+    with pytest.raises(ValueError, match="^log_probs is None; repeated_log_probs needs"):
+        credit_diagnostics(*args, scores=ones, repeated_log_probs=ones)
     with pytest.raises(TypeError, match="advantages must be .*pass one value per response"):
-        credit_diagnostics(ones, ones, ones, roles, ones.bool(), advantages=ones)
+        credit_diagnostics(*args, scores=ones, advantages=ones)
+    for function in (credit_metrics, credit_diagnostics):
+        with pytest.raises(TypeError, match="scores must be .*nothing is broadcast"):
+            function(*args, scores=ones[:, :1])
 
 
 @given(batches())
@@ -195,7 +203,7 @@ def test_interference_is_the_ratio_over_the_perception_that_weighs_more_than_one
     if places:
         means = [statistics.fmean(divergence[place].item() for place in places) for divergence in (down, up)]
         expected = means[0] / means[1]
-    found = interference(down, up, weights, batch.roles, batch.mask)
+    found = interference(weights, batch.roles, batch.mask, down_divergence=down, up_divergence=up)
     assert found.shape == ()
     assert found.item() == pytest.approx(expected)
 
@@ -203,5 +211,36 @@ def test_interference_is_the_ratio_over_the_perception_that_weighs_more_than_one
 def test_interference_without_an_effect_is_none_and_without_a_rival_is_infinite():
     weights, roles = torch.tensor([[2.0, 0.5]]), torch.tensor([[Role.PERCEPTION, Role.PERCEPTION]])
     none, some = torch.zeros(1, 2), torch.ones(1, 2)
-    assert interference(none, none, weights, roles, roles > 0) == 0
-    assert interference(some, none, weights, roles, roles > 0) == math.inf
+    assert interference(weights, roles, roles > 0, down_divergence=none, up_divergence=none) == 0
+    assert interference(weights, roles, roles > 0, down_divergence=some, up_divergence=none) == math.inf
+
+
+@given(batches(), st.data())
+def test_credit_metrics_equal_a_reference_with_loops(batch, data):
+    rows = len(batch.mask)
+    broken = data.draw(st.lists(st.sampled_from([0, 0, *BrokenReason]), min_size=rows, max_size=rows))
+    args = inputs(batch)
+    weights, roles, mask, scores = as_lists(*args)
+    metrics = credit_metrics(*args[:3], scores=args[3], broken=torch.tensor(broken, dtype=torch.int64))
+    alive = [i for i in range(rows) if any(mask[i])]
+
+    def share(of):
+        return sum(map(of, alive)) / len(alive) if alive else 0.0
+
+    expected = {"broken/fraction": share(lambda i: broken[i] != 0)}
+    for reason in BrokenReason:
+        if reason:
+            expected[f"broken/{reason.name.lower()}"] = share(lambda i, reason=reason: broken[i] == reason)
+    real = [(i, t) for i in alive for t in range(len(mask[i])) if mask[i][t]]
+    total = math.fsum(weights[i][t] for i, t in real)
+    for name, role in ROLES.items():
+        tokens = [(i, t) for i, t in real if roles[i][t] == role]
+        values = [weights[i][t] for i, t in tokens]
+        expected[f"weight/{name}/mean"] = statistics.fmean(values) if values else 1.0
+        expected[f"weight/{name}/min"], expected[f"weight/{name}/max"] = min(values, default=1), max(values, default=1)
+        expected[f"weight/{name}/mass"] = math.fsum(values) / total if values else 0.0
+        expected[f"score/{name}/mean"] = statistics.fmean(scores[i][t] for i, t in tokens) if tokens else 0.0
+    expected["structured/fraction"] = share(lambda i: any(roles[i][t] in ROLES.values() for k, t in real if k == i))
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        close(metrics[name], value)

@@ -10,6 +10,8 @@ from einops import rearrange
 from rich.console import Console
 from torch import Generator, Tensor
 
+from benchmarks.grounding import train as training
+from benchmarks.grounding.arms import with_corrupted_image, with_other_perception
 from benchmarks.grounding.demo import demonstrate
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.report import write_rollouts
@@ -23,13 +25,11 @@ from benchmarks.grounding.train import (
     new_log_probs,
     roll_out,
     train,
-    with_corrupted_image,
-    with_other_perception,
 )
 from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
 from benchmarks.grounding.world import (
     BACKGROUND,
-    COLOURS,
+    COLORS,
     EOS,
     GRID,
     ID,
@@ -46,9 +46,8 @@ from benchmarks.grounding.world import (
     reward,
     to_words,
 )
-from srpo_core import Role, grpo_loss, segment_roles, srpo_loss
-from srpo_core.rollouts import read_rollouts
-from srpo_core.summaries import CreditOptions, score_rollouts
+from srpo_core import Role, SRPOConfig, grpo_loss, segment_roles, srpo_loss
+from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
 WORLD = PriorClash(filler=1)
 BRIEF = WarmStartConfig(
@@ -70,9 +69,9 @@ def writer() -> TinyVLM:
 
 
 def recount(image: Tensor) -> list[int]:
-    """How many cells hold each colour, from the pixels: the palette colour that the drawn pixels point to."""
+    """How many cells hold each color, from the pixels: the palette color that the drawn pixels point to."""
     cells = rearrange(image, "c (row down) (column right) -> (row column) (down right) c", row=GRID, column=GRID)
-    counts = [0] * len(COLOURS)
+    counts = [0] * len(COLORS)
     for pixels in cells:
         drawn = pixels[(pixels - BACKGROUND).abs().max(1).values > 0.1]
         if len(drawn) > 0:
@@ -86,10 +85,10 @@ def recount(image: Tensor) -> list[int]:
 def test_the_image_shows_what_the_truth_says(split):
     problems = PriorClash(pixel_noise=0.0).sample(40, split, seeded())
     assert problems.images.shape == (40, 3, GRID * PATCH, GRID * PATCH)
-    for image, colours, counts in zip(problems.images, problems.colours, problems.counts, strict=True):
+    for image, colors, counts in zip(problems.images, problems.colors, problems.counts, strict=True):
         image = BACKGROUND + (image - BACKGROUND) / 0.6 if split == "low_contrast" else image
         found = recount(image)
-        assert [found[colour] for colour in colours] == counts.tolist()
+        assert [found[color] for color in colors] == counts.tolist()
 
 
 def test_a_blind_image_shows_nothing():
@@ -114,9 +113,9 @@ def test_questions_name_what_they_ask_and_suggest_what_the_split_says():
     for split in SPLITS:
         problems = WORLD.sample(60, split, seeded(1))
         shortcuts = problems.shortcut.tolist()
-        for question, colours, shortcut in zip(problems.questions, problems.colours.tolist(), shortcuts, strict=True):
+        for question, colors, shortcut in zip(problems.questions, problems.colors.tolist(), shortcuts, strict=True):
             words = to_words(question)
-            assert [words[1], words[3]] == [COLOURS[colour] for colour in colours]
+            assert [words[1], words[3]] == [COLORS[color] for color in colors]
             assert words[5] == (PLACES[shortcut] if shortcut >= 0 else "picture")
         if split != "swapped":  # there the suggestion is true of another image
             right = (problems.shortcut == problems.answers).float().mean().item()
@@ -143,7 +142,7 @@ def red_and_blue(n: int, *, shortcut: int = 4) -> Problems:
     return Problems(
         images=torch.zeros(n, 3, 32, 32),
         questions=torch.zeros(n, 7, dtype=torch.long),
-        colours=torch.tensor([[0, 2]] * n),
+        colors=torch.tensor([[0, 2]] * n),
         counts=torch.tensor([[3, 2]] * n),
         shortcut=torch.full((n,), shortcut),
         readings=torch.tensor([[3, 0, 2, 0]] * n),
@@ -256,32 +255,40 @@ def plain_grpo(model: TinyVLM, batch: Batch):
         log_probs = new_log_probs(model, batch, rows)
         advantages = batch.advantages[rows][:, None].expand_as(log_probs)
         return grpo_loss(
-            log_probs, batch.old_log_probs[rows], advantages, batch.mask[rows], normalizer=batch.normalizer
-        )
-
-    return loss_of
-
-
-def srpo_of_no_strength(model: TinyVLM, batch: Batch):
-    """All of SRPO's passes, at strength 0."""
-    corrupted, replaced = with_corrupted_image(model, batch), with_other_perception(model, batch)
-    assert not torch.equal(corrupted, batch.old_log_probs)
-    assert not torch.equal(replaced, batch.old_log_probs)
-
-    def loss_of(rows: Tensor):
-        return srpo_loss(
-            new_log_probs(model, batch, rows),
-            batch.old_log_probs[rows],
-            corrupted[rows],
-            replaced[rows],
-            batch.segmentation.roles[rows],
-            batch.advantages[rows],
+            log_probs,
+            advantages,
             batch.mask[rows],
-            strength=0.0,
+            old_log_probs=batch.old_log_probs[rows],
             normalizer=batch.normalizer,
         )
 
     return loss_of
+
+
+def by_hand(options: SRPOConfig):
+    """SRPO without plan or credit: each pass on its own, then the weights and the loss of every update in one call."""
+
+    def method(model: TinyVLM, batch: Batch):
+        corrupted, replaced = with_corrupted_image(model, batch), with_other_perception(model, batch)
+        assert not torch.equal(corrupted, batch.old_log_probs)
+        assert not torch.equal(replaced, batch.old_log_probs)
+
+        def loss_of(rows: Tensor):
+            return srpo_loss(
+                new_log_probs(model, batch, rows),
+                batch.advantages[rows],
+                batch.segmentation.roles[rows],
+                batch.mask[rows],
+                options,
+                old_log_probs=batch.old_log_probs[rows],
+                corrupted_log_probs=corrupted[rows],
+                counterfactual_log_probs=replaced[rows],
+                normalizer=batch.normalizer,
+            )
+
+        return loss_of
+
+    return method
 
 
 def trace(start: TinyVLM, method) -> list[Tensor]:
@@ -310,16 +317,55 @@ def grpo_trace(writer) -> list[Tensor]:
     return trace(writer, plain_grpo)
 
 
-@pytest.mark.parametrize("method", [METHODS["grpo"], srpo_of_no_strength], ids=["grpo", "strength 0"])
+@pytest.mark.parametrize("method", [METHODS["grpo"], by_hand(SRPOConfig(strength=0.0))], ids=["grpo", "strength 0"])
 def test_no_strength_is_grpo_bit_for_bit(writer, grpo_trace, method):
     found = trace(writer, method)
     assert len(found) == len(grpo_trace)
     assert all(torch.equal(a, b) for a, b in zip(found, grpo_trace, strict=True))
 
 
+@pytest.mark.parametrize("options", [SRPOConfig(strength=0.0), SRPOConfig(mix=0.0)], ids=["strength", "mix"])
+def test_no_view_is_scored_where_every_weight_is_one(writer, monkeypatch, options):
+    batch, _ = roll_out(writer, WORLD, TINY, seeded(1), 1)
+    monkeypatch.setattr(training, "score", lambda *args: pytest.fail("a view was scored"))
+    credited = SRPO(options).credit_of(writer, batch)
+    assert torch.equal(credited.weights, batch.mask.float())
+    assert torch.equal(credited.advantages, batch.advantages[:, None] * batch.mask)
+
+
+@pytest.mark.parametrize("options", [SRPOConfig(), SRPOConfig(baseline="median", mix=0.5, surrogate="cispo")])
+def test_credit_given_once_trains_as_credit_given_at_every_update(writer, options):
+    found, expected = trace(writer, SRPO(options)), trace(writer, by_hand(options))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_view_of_the_options_is_scored(writer):
+    batch, _ = roll_out(writer, WORLD, replace(TINY, prompts=24), seeded(1), 1)
+    usual = SRPO().credit_of(writer, batch)
+    changes = {
+        "corrupted_log_probs": [{"corruption": "noise"}, {"corruption_amount": 0.9}, {"seed": 1}],
+        "counterfactual_log_probs": [
+            {"counterfactual": "drop"}, {"counterfactual": "mask"}, {"counterfactual_image": "corrupted"},
+        ],
+        "scores": [{"reliance_spans": 2}],
+    }  # fmt: skip
+    for name, alternatives in changes.items():
+        for options in alternatives:
+            found = SRPO(SRPOConfig(**options)).credit_of(writer, batch)
+            assert not torch.equal(getattr(found, name), getattr(usual, name)), options
+            for other in changes.keys() - {name, "scores"}:
+                assert torch.equal(getattr(found, other), getattr(usual, other)), options
+    assert usual.metrics["swap/coverage"] > 0.5
+
+
+def test_a_moving_average_is_refused():
+    with pytest.raises(ValueError, match="ema_rms"):
+        SRPO(SRPOConfig(scale="ema_rms"))
+
+
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_the_fused_loss_gives_the_same_training(writer, strength):
-    plain, fused = (trace(writer, SRPO(strength=strength, fused=fused)) for fused in (False, True))
+    plain, fused = (trace(writer, SRPO(SRPOConfig(strength=strength), fused=fused)) for fused in (False, True))
     for expected, found in zip(plain, fused, strict=True):
         assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
@@ -383,9 +429,10 @@ def test_the_demo_writes_its_summary(study, summary):
 def test_the_rollouts_of_the_demo_explain_its_weights(study, summary):
     """Labels, roles and weights of the file follow from its texts and log-probs, as the commands read them."""
     rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
-    recomputed = score_rollouts(rollouts, CreditOptions(recompute=True))
+    recomputed = score_rollouts(rollouts, ScoringOptions(recompute=True))
     for rollout, scored in zip(rollouts, recomputed, strict=True):
         assert rollout.weights == pytest.approx(scored.weights, abs=1e-3)
+        assert rollout.swapped is not None
         assert rollout.scores == pytest.approx(scored.scores, abs=1e-4)
         from_text = next(score_rollouts([replace(rollout, roles=None, broken=None)]))
         assert from_text.broken == rollout.broken
@@ -397,8 +444,8 @@ def test_the_rollouts_of_the_demo_explain_its_weights(study, summary):
         if rollout.correct:
             assert words[words.index("<answer>") + 1] == rollout.reference.split()[-1]
         if rollout.perception_correct:
-            colours = rollout.prompt.split()[1:4:2]
-            assert [words[words.index(colour) + 1] for colour in colours] == rollout.reference.split()[0:3:2]
+            colors = rollout.prompt.split()[1:4:2]
+            assert [words[words.index(color) + 1] for color in colors] == rollout.reference.split()[0:3:2]
     assert any((scored.weights != 1).any() for scored in score_rollouts(rollouts))
     specimens = {rollout.id: rollout for rollout in rollouts if rollout.id is not None}
     assert list(specimens.values()) == rollouts[: len(specimens)]

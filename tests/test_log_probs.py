@@ -1,16 +1,19 @@
 """Log-probabilities, entropies, divergences: reference, bounds, offsets, precision, gradients, bad input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from helpers import close
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import divergence as reference_divergence
 from reference import softmax as reference_softmax
 from torch.autograd import gradcheck
 
-from srpo_core import token_divergence, token_entropy, token_log_probs
+from srpo_core import token_divergence, token_log_probs
+from srpo_core.log_probs import divergence_of, token_entropy
 
 KINDS = ["full_kl", "reverse_kl", "jsd", "topk_kl"]
 
@@ -24,13 +27,8 @@ def logits(draw, count=1):
     return (*drawn, torch.randint(shape[-1], shape[:2], generator=g))
 
 
-def close(actual, expected, **tolerance):
-    expected = torch.tensor(expected, dtype=actual.dtype).reshape(actual.shape)
-    torch.testing.assert_close(actual, expected, **({"rtol": 1e-9, "atol": 1e-11} | tolerance))
-
-
 @given(logits(), st.sampled_from([0.5, 1.0, 2.0]))
-def test_log_probs_and_entropy_equal_the_reference(drawn, temperature):
+def test_token_log_probs_and_token_entropy_equal_the_reference(drawn, temperature):
     z, ids = drawn
     p = [reference_softmax(row, temperature) for row in z.flatten(0, 1).tolist()]
     close(
@@ -44,13 +42,13 @@ def test_log_probs_and_entropy_equal_the_reference(drawn, temperature):
 
 
 @given(logits(count=2), st.sampled_from(KINDS), st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 10))
-def test_divergences_equal_the_reference(drawn, kind, temperature, top_k):
+def test_token_divergence_equals_the_reference(drawn, kind, temperature, top_k):
     z, other, _ = drawn
     expected = [
         reference_divergence(*rows, kind, temperature, top_k)
         for rows in zip(z.flatten(0, 1).tolist(), other.flatten(0, 1).tolist(), strict=True)
     ]
-    actual = token_divergence(z, other, kind=kind, temperature=temperature, top_k=top_k)
+    actual = token_divergence(z, other_logits=other, kind=kind, temperature=temperature, top_k=top_k)
     close(actual, expected, rtol=1e-7, atol=1e-9)
     assert (actual >= 0).all()
 
@@ -58,20 +56,20 @@ def test_divergences_equal_the_reference(drawn, kind, temperature, top_k):
 def test_top_k_pools_never_more_than_the_full_divergence_and_jsd_stays_below_log_2():
     g = torch.Generator().manual_seed(0)
     z, other = (5 * torch.randn(8, 8, 50, generator=g, dtype=torch.float64) for _ in range(2))
-    full = token_divergence(z, other)
-    pooled = [token_divergence(z, other, kind="topk_kl", top_k=k) for k in (1, 5, 49, 50, 500)]
+    full = token_divergence(z, other_logits=other)
+    pooled = [token_divergence(z, other_logits=other, kind="topk_kl", top_k=k) for k in (1, 5, 49, 50, 500)]
     for less, more in zip([*pooled], [*pooled[1:], full], strict=True):
         assert (less <= more + 1e-9).all()
     torch.testing.assert_close(pooled[-1], full)
-    assert (token_divergence(z, other, kind="jsd") <= math.log(2)).all()
+    assert (token_divergence(z, other_logits=other, kind="jsd") <= math.log(2)).all()
 
 
 def test_impossible_tokens_add_nothing():
     z = torch.tensor([[[0.0, 0.0, -math.inf]]])
     assert token_entropy(z).item() == pytest.approx(math.log(2))
     for kind in KINDS:
-        assert token_divergence(z, z, kind=kind).item() == 0.0
-    assert token_divergence(torch.zeros(1, 1, 3), z).item() == math.inf
+        assert token_divergence(z, other_logits=z, kind=kind).item() == 0.0
+    assert token_divergence(torch.zeros(1, 1, 3), other_logits=z).item() == math.inf
     assert token_log_probs(z, torch.tensor([[2]])).item() == -math.inf
 
 
@@ -104,7 +102,8 @@ def test_gradients():
     assert gradcheck(lambda z: token_log_probs(z, ids, temperature=0.7), (z,))
     assert gradcheck(token_entropy, (z,))
     for kind in ("full_kl", "reverse_kl", "jsd"):
-        assert gradcheck(lambda z, other, kind=kind: token_divergence(z, other, kind=kind), (z, other))
+        of_kind = partial(token_divergence, kind=kind)
+        assert gradcheck(lambda z, other, of=of_kind: of(z, other_logits=other), (z, other))
 
 
 def test_bad_input_is_named():
@@ -113,13 +112,24 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match="temperature must be above 0, got 0.0"):
             call(0.0)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
-        token_divergence(z, z, top_k=0)
-    with pytest.raises(TypeError, match="kind must be one of 'full_kl', .* got 'kl'"):
-        token_divergence(z, z, kind="kl")
+        token_divergence(z, other_logits=z, top_k=0)
+    with pytest.raises(ValueError, match="kind must be one of 'full_kl', .* got 'kl'"):
+        token_divergence(z, other_logits=z, kind="kl")
     with pytest.raises(TypeError, match="token_ids must be Int.*pass token_ids.long"):
         token_log_probs(z, ids.float())
     with pytest.raises(TypeError, match="token_ids must be .*align it with logits"):
         token_log_probs(z, ids[:, :1])
+    with pytest.raises(TypeError, match="other_logits must be .*align it with logits"):
+        token_divergence(z, other_logits=z[:, :1])
     with pytest.raises(TypeError, match="logits must be .*needs 3 axes"):
         token_log_probs(z[0], ids)
     assert token_log_probs(torch.zeros(0, 2, 3), ids[:0]).shape == (0, 2)
+
+
+@given(logits(count=2), st.sampled_from(KINDS), st.integers(1, 10))
+def test_divergence_of_two_distributions_is_that_of_their_logits(drawn, kind, top_k):
+    """As the fused losses ask for it, of any leading axes."""
+    z, other, _ = drawn
+    log_p, log_q = (x.log_softmax(-1).flatten(0, 1) for x in (z, other))
+    expected = token_divergence(z, other_logits=other, kind=kind, top_k=top_k).flatten()
+    assert torch.equal(divergence_of(kind, top_k)(log_p, log_q), expected)

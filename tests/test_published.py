@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 from batches import batches
+from helpers import close
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from benchmarks.grounding import published
 from benchmarks.grounding.published import entropy_mask, k3, papo_penalty, pgpo_weights, rlsd_weights, vppo_weights
-from srpo_core import grpo_loss, role_advantages, token_entropy, token_log_probs
+from srpo_core import grpo_loss, role_advantages, token_log_probs
 from srpo_core.contrasts import contrast
+from srpo_core.log_probs import token_entropy
 
 LOG2 = math.log(2.0)
 HALF, DOUBLE = LOG2 - 0.5, 1.0 - LOG2  # k3 where the corrupted view is half, or twice, as likely
@@ -93,18 +95,19 @@ def reference_entropy_mask(entropy, mask, keep=0.2):
     ]
 
 
-def close(actual, expected):
-    expected = torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+def penalty_of(clean, corrupted, entropy, corrupted_entropy, mask, **options):
+    return papo_penalty(
+        clean, mask, corrupted_log_probs=corrupted, entropy=entropy, corrupted_entropy=corrupted_entropy, **options
+    )
 
 
 def weights_of(clean, corrupted, advantages, mask):
     """Everything that is a weight, by name, all from one batch; entropies need only be some numbers."""
     return {
-        "k3": k3(clean, corrupted, mask),
-        "vppo": vppo_weights(clean, corrupted, advantages, mask),
-        "pgpo": pgpo_weights(clean, corrupted, mask),
-        "rlsd": rlsd_weights(corrupted, clean, advantages, mask),
+        "k3": k3(clean, mask, corrupted_log_probs=corrupted),
+        "vppo": vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted),
+        "pgpo": pgpo_weights(clean, mask, corrupted_log_probs=corrupted),
+        "rlsd": rlsd_weights(corrupted, advantages, mask, teacher_log_probs=clean),
         "entropy": entropy_mask(-clean, mask),
     }
 
@@ -113,17 +116,24 @@ def weights_of(clean, corrupted, advantages, mask):
 def test_the_methods_equal_the_reference(batch):
     clean, corrupted, advantages, mask = batch.old_log_probs, batch.corrupted_log_probs, batch.advantages, batch.mask
     p, q, a, m = clean.tolist(), corrupted.tolist(), advantages.tolist(), mask.tolist()
-    close(k3(clean, corrupted, mask), contrast(clean, corrupted, mask, kind="k3", clip=10.0))
+    for clip in (10.0, 1e6):
+        close(
+            k3(clean, mask, corrupted_log_probs=corrupted, clip=clip),
+            contrast(clean, corrupted, mask, kind="k3", clip=clip),
+        )
     close(
-        papo_penalty(clean, corrupted, -clean, -corrupted, mask),
+        penalty_of(clean, corrupted, -clean, -corrupted, mask),
         reference_papo(p, q, (-clean).tolist(), (-corrupted).tolist(), m),
     )
     for options in ({}, {"keep": 0.07, "floor": 0.5, "ceiling": 3.0}, {"keep": 1.0, "ceiling": None}):
-        close(vppo_weights(clean, corrupted, advantages, mask, **options), reference_vppo(p, q, m, **options))
+        found = vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted, **options)
+        close(found, reference_vppo(p, q, m, **options))
     for options in ({}, {"threshold": 0.8, "boost": 0.0}):
-        close(pgpo_weights(clean, corrupted, mask, **options), reference_pgpo(p, q, m, **options))
+        found = pgpo_weights(clean, mask, corrupted_log_probs=corrupted, **options)
+        close(found, reference_pgpo(p, q, m, **options))
     for options in ({}, {"mix": 1.0, "clip": 0.9}):
-        close(rlsd_weights(clean, corrupted, advantages, mask, **options), reference_rlsd(p, q, a, m, **options))
+        found = rlsd_weights(clean, advantages, mask, teacher_log_probs=corrupted, **options)
+        close(found, reference_rlsd(p, q, a, m, **options))
     for options in ({}, {"keep": 0.5}):
         assert entropy_mask(-clean, mask, **options).tolist() == reference_entropy_mask((-clean).tolist(), m, **options)
 
@@ -138,8 +148,8 @@ def test_padding_is_not_averaged_over(batch, padding):
     mask = batch.mask
     inputs = [batch.old_log_probs, batch.corrupted_log_probs, -batch.old_log_probs, -batch.corrupted_log_probs]
     wider = [padded(tensor, padding).requires_grad_() for tensor in inputs]
-    penalty = papo_penalty(*wider, padded(mask, False))
-    close(penalty.detach(), papo_penalty(*inputs, mask))
+    penalty = penalty_of(*wider, padded(mask, False))
+    close(penalty.detach(), penalty_of(*inputs, mask))
     for gradient in torch.autograd.grad(penalty, wider):
         assert gradient.isfinite().all()
         assert (gradient[~padded(mask, False)] == 0).all()
@@ -166,7 +176,7 @@ def test_weights_keep_their_promises(batch):
 # Numbers worked by hand.
 
 
-def log_probs_owing(*k3_signs):
+def views_of(*k3_signs):
     """Both views of tokens that the corrupted image makes half as likely (+), twice as likely (-), or leaves alone."""
     clean = torch.full((len(k3_signs), len(k3_signs[0])), -1.0, dtype=torch.float64)
     shift = [[{"+": LOG2, "-": -LOG2, "0": 0.0}[sign] for sign in row] for row in k3_signs]
@@ -174,44 +184,44 @@ def log_probs_owing(*k3_signs):
 
 
 def test_papo_by_hand():
-    clean, corrupted, mask = log_probs_owing("+-0")
+    clean, corrupted, mask = views_of("+-0")
     entropy = torch.full_like(clean, 0.5)
-    close(papo_penalty(clean, corrupted, entropy, 2 * entropy, mask), 0.03 * 1.5 - 0.01 * (HALF + DOUBLE) / 3)
-    close(papo_penalty(clean, corrupted, entropy, entropy, mask, entropy_coef=0.0, normalizer=1.0), -0.01 * 0.5)
+    close(penalty_of(clean, corrupted, entropy, 2 * entropy, mask), 0.03 * 1.5 - 0.01 * (HALF + DOUBLE) / 3)
+    close(penalty_of(clean, corrupted, entropy, entropy, mask, entropy_coef=0.0, normalizer=1.0), -0.01 * 0.5)
 
 
 def test_vppo_by_hand():
-    clean, corrupted, mask = log_probs_owing("+0-00", "00000", "+0000", "+++++")
+    clean, corrupted, mask = views_of("+0-00", "00000", "+0000", "+++++")
     mask[3] = False  # a response without a token has no part in minimum, maximum or mean
     advantages = torch.zeros(4, dtype=torch.float64)
     place = HALF / (HALF + DOUBLE)
     middle = 0.9 + 0.1 * place
     scaled = [[1.0, 0, 1.0, 0, 0], [0.9, 0.9, 0, 0, 0], [middle, middle, 0, 0, 0], [0.0] * 5]
-    close(vppo_weights(clean, corrupted, advantages, mask), scaled)
+    close(vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted), scaled)
     # The places 1, 0 and `place` have mean (1 + place) / 3, so this ceiling makes the mean scale 1.
     reach = 0.1 * 3 / (1 + place)
-    mean_one = vppo_weights(clean, corrupted, advantages, mask, ceiling=None)
+    mean_one = vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted, ceiling=None)
     close(mean_one.amax(1), [0.9 + reach, 0.9, 0.9 + reach * place, 0.0])
     close(mean_one.amax(1)[:3].mean(), 1.0)
 
 
 def test_pgpo_by_hand():
-    clean, corrupted, mask = log_probs_owing("+-0")
+    clean, corrupted, mask = views_of("+-0")
     # log(1 + k3) is 0.1766, 0.2676 and 0; min-max 0.6598, 1 and 0; raw 1.8661, 3 and 0
-    torch.testing.assert_close(
-        pgpo_weights(clean, corrupted, mask), clean.new_tensor([[1.1505, 1.8495, 0.0]]), rtol=0, atol=1e-4
-    )
+    found = pgpo_weights(clean, mask, corrupted_log_probs=corrupted)
+    torch.testing.assert_close(found, clean.new_tensor([[1.1505, 1.8495, 0.0]]), rtol=0, atol=1e-4)
 
 
 def test_rlsd_by_hand():
     student, teacher = torch.tensor([[-1.0, -1.0, -1.0]] * 3), torch.tensor([[-0.5, -1.1, -1.0]] * 3)
-    weights = rlsd_weights(student, teacher, torch.tensor([2.0, -0.5, 0.0]), torch.ones(3, 3, dtype=torch.bool))
+    advantages, mask = torch.tensor([2.0, -0.5, 0.0]), torch.ones(3, 3, dtype=torch.bool)
+    weights = rlsd_weights(student, advantages, mask, teacher_log_probs=teacher)
     falls, rises = 0.5 + 0.5 * math.exp(-0.1), 0.5 + 0.5 * math.exp(0.1)
     torch.testing.assert_close(weights, torch.tensor([[1.1, falls, 1.0], [0.9, rises, 1.0], [1.0, 1.0, 1.0]]))
 
 
 def test_equal_scores():
-    clean, corrupted, mask = log_probs_owing("+++++", "+++++")
+    clean, corrupted, mask = views_of("+++++", "+++++")
     weights = weights_of(clean, corrupted, torch.ones(2, dtype=torch.float64), mask)
     close(weights["vppo"], [[1.0, 1, 0, 0, 0]] * 2)
     close(weights["pgpo"], [[1.0] * 5] * 2)
@@ -221,7 +231,7 @@ def test_equal_scores():
 def test_the_share_kept_is_not_off_by_rounding():
     clean, corrupted, mask = torch.zeros(1, 100), -torch.rand(1, 100), torch.ones(1, 100, dtype=torch.bool)
     assert 0.07 * 100 > 7  # in floats
-    assert (vppo_weights(clean, corrupted, torch.ones(1), mask, keep=0.07) > 0).sum() == 7
+    assert (vppo_weights(clean, torch.ones(1), mask, corrupted_log_probs=corrupted, keep=0.07) > 0).sum() == 7
     assert entropy_mask(-corrupted, mask, keep=0.07).sum() == 7
 
 
@@ -231,7 +241,7 @@ def test_the_share_kept_is_not_off_by_rounding():
 def test_papo_gradient_reaches_all_four_tensors():
     inputs = [t.requires_grad_() for t in -3 * torch.rand(4, 2, 3, dtype=torch.float64)]
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    assert gradcheck(lambda *tensors: papo_penalty(*tensors, mask, kl_coef=1.0, entropy_coef=1.0), inputs)
+    assert gradcheck(lambda *tensors: penalty_of(*tensors, mask, kl_coef=1.0, entropy_coef=1.0), inputs)
 
 
 def test_papo_as_released_does_not_train_the_corrupted_entropy():
@@ -245,7 +255,7 @@ def test_papo_as_released_does_not_train_the_corrupted_entropy():
         clean, corrupted = clean_hidden @ weight, corrupted_hidden @ weight
         if as_released:
             corrupted = corrupted.detach()
-        penalty = papo_penalty(
+        penalty = penalty_of(
             token_log_probs(clean, token_ids),
             token_log_probs(corrupted, token_ids),
             token_entropy(clean),
@@ -266,15 +276,15 @@ def test_papo_as_released_does_not_train_the_corrupted_entropy():
 
 def test_vppo_normalizer_decides_over_the_tokens_left_out():
     """As released, the loss is divided by all tokens, though 40 % of them learn."""
-    clean, corrupted, mask = log_probs_owing("+0-00", "-0+00")
+    clean, corrupted, mask = views_of("+0-00", "-0+00")
     advantages = torch.ones(2, dtype=torch.float64)
-    weights = vppo_weights(clean, corrupted, advantages, mask)
+    weights = vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted)
     kept = weights > 0
 
     def gradient(normalizer):
         log_probs = clean.clone().requires_grad_()
         credit = role_advantages(weights, advantages, mask)
-        grpo_loss(log_probs, clean, credit, mask, normalizer=normalizer).loss.backward()
+        grpo_loss(log_probs, credit, mask, old_log_probs=clean, normalizer=normalizer).loss.backward()
         return log_probs.grad
 
     close(gradient(None), -kept.double() / 10)
@@ -283,20 +293,23 @@ def test_vppo_normalizer_decides_over_the_tokens_left_out():
 
 def test_vppo_scale_is_that_of_the_rows_it_is_given():
     """As released, it depends on how the batch was cut; hence the whole rollout batch, sliced afterwards."""
-    clean, corrupted, mask = log_probs_owing("++", "+0", "0-", "00")
+    clean, corrupted, mask = views_of("++", "+0", "0-", "00")
     advantages = torch.ones(4, dtype=torch.float64)
-    whole = vppo_weights(clean, corrupted, advantages, mask)
-    cut = torch.cat([vppo_weights(clean[i], corrupted[i], advantages[i], mask[i]) for i in torch.arange(4).split(2)])
-    assert not torch.allclose(whole, cut)
+
+    def of(rows):
+        return vppo_weights(clean[rows], advantages[rows], mask[rows], corrupted_log_probs=corrupted[rows])
+
+    whole = of(torch.arange(4))
+    assert not torch.allclose(whole, torch.cat([of(rows) for rows in torch.arange(4).split(2)]))
     order = torch.tensor([2, 0, 3, 1])
-    close(vppo_weights(clean[order], corrupted[order], advantages, mask), whole[order])
+    close(of(order), whole[order])
 
 
 def test_no_token_counts():
     """verl answers NaN to a batch whose mask is empty."""
     nothing = torch.full((2, 3), math.nan).requires_grad_()
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    penalty = papo_penalty(nothing, nothing, nothing, nothing, mask)
+    penalty = penalty_of(nothing, nothing, nothing, nothing, mask)
     assert penalty == 0
     assert (torch.autograd.grad(penalty, nothing)[0] == 0).all()
     assert not any(value.any() for value in weights_of(nothing, nothing, torch.ones(2), mask).values())
@@ -305,17 +318,17 @@ def test_no_token_counts():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_sizes_of_zero(shape):
     empty, mask = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    assert papo_penalty(empty, empty, empty, empty, mask) == 0
+    assert penalty_of(empty, empty, empty, empty, mask) == 0
     for value in weights_of(empty, empty, torch.zeros(shape[0]), mask).values():
         assert value.shape == shape
 
 
 def test_impossible_tokens():
-    """-inf in both views owes nothing, in one view all there is; gradients stay finite."""
+    """-inf in both views depends on neither, in one view as much as a score can; gradients stay finite."""
     clean = torch.tensor([[-math.inf, -1.0, -math.inf, -1.0]]).requires_grad_()
     corrupted = torch.tensor([[-math.inf, -math.inf, -1.0, -1.0]]).requires_grad_()
     mask = torch.ones(1, 4, dtype=torch.bool)
-    dependency = k3(clean, corrupted, mask)
+    dependency = k3(clean, mask, corrupted_log_probs=corrupted)
     assert dependency.tolist() == [[0.0, 10.0, 10.0, 0.0]]
     for gradient in torch.autograd.grad(dependency.sum(), [clean, corrupted]):
         assert gradient.isfinite().all()
@@ -337,8 +350,8 @@ def test_weights_have_no_gradient_and_at_least_float32():
 
 def everything(clean, corrupted, advantages, mask):
     weights = weights_of(clean, corrupted, advantages, mask)
-    mean_one = vppo_weights(clean, corrupted, advantages, mask, ceiling=None)
-    return *weights.values(), mean_one, papo_penalty(clean, corrupted, -clean, -corrupted, mask)
+    mean_one = vppo_weights(clean, advantages, mask, corrupted_log_probs=corrupted, ceiling=None)
+    return *weights.values(), mean_one, penalty_of(clean, corrupted, -clean, -corrupted, mask)
 
 
 def test_no_value_is_read_on_the_host():
@@ -361,17 +374,20 @@ def test_compiled_whole_equals_eager():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, a, m: k3(x, x, m, clip=0.0), "clip must be above 0"),
-        (lambda x, a, m: papo_penalty(x, x, x, x, m, kl_coef=-1.0), "kl_coef must be at least 0, got -1"),
-        (lambda x, a, m: papo_penalty(x, x, x, x, m, entropy_coef=math.nan), "entropy_coef must be at least 0"),
-        (lambda x, a, m: papo_penalty(x, x, x, x, m, normalizer=0.0), "normalizer must be above 0"),
-        (lambda x, a, m: vppo_weights(x, x, a, m, keep=0.0), r"keep must be in \(0, 1\]"),
-        (lambda x, a, m: vppo_weights(x, x, a, m, floor=1.5), r"floor must be in \(0, 1\]"),
-        (lambda x, a, m: vppo_weights(x, x, a, m, ceiling=0.5), r"ceiling must be at least floor \(0.9\)"),
-        (lambda x, a, m: pgpo_weights(x, x, m, threshold=1.0), r"threshold must be in \(0, 1\)"),
-        (lambda x, a, m: pgpo_weights(x, x, m, boost=-1.0), "boost must be at least 0"),
-        (lambda x, a, m: rlsd_weights(x, x, a, m, mix=2.0), r"mix must be in \[0, 1\]"),
-        (lambda x, a, m: rlsd_weights(x, x, a, m, clip=-0.1), r"clip must be in \[0, 1\]"),
+        (lambda x, a, m: k3(x, m, corrupted_log_probs=x, clip=0.0), "clip must be above 0"),
+        (lambda x, a, m: penalty_of(x, x, x, x, m, kl_coef=-1.0), "kl_coef must be at least 0, got -1"),
+        (lambda x, a, m: penalty_of(x, x, x, x, m, entropy_coef=math.nan), "entropy_coef must be at least 0"),
+        (lambda x, a, m: penalty_of(x, x, x, x, m, normalizer=0.0), "normalizer must be above 0"),
+        (lambda x, a, m: vppo_weights(x, a, m, corrupted_log_probs=x, keep=0.0), r"keep must be in \(0, 1\]"),
+        (lambda x, a, m: vppo_weights(x, a, m, corrupted_log_probs=x, floor=1.5), r"floor must be in \(0, 1\]"),
+        (
+            lambda x, a, m: vppo_weights(x, a, m, corrupted_log_probs=x, ceiling=0.5),
+            r"ceiling must be at least floor \(0.9\)",
+        ),
+        (lambda x, a, m: pgpo_weights(x, m, corrupted_log_probs=x, threshold=1.0), r"threshold must be in \(0, 1\)"),
+        (lambda x, a, m: pgpo_weights(x, m, corrupted_log_probs=x, boost=-1.0), "boost must be at least 0"),
+        (lambda x, a, m: rlsd_weights(x, a, m, teacher_log_probs=x, mix=2.0), r"mix must be in \[0, 1\]"),
+        (lambda x, a, m: rlsd_weights(x, a, m, teacher_log_probs=x, clip=-0.1), r"clip must be in \[0, 1\]"),
         (lambda x, a, m: entropy_mask(x, m, keep=1.1), r"keep must be in \(0, 1\]"),
     ],
 )
@@ -383,9 +399,9 @@ def test_options_out_of_range_are_named(call, message):
 def test_advantages_per_token_are_refused():
     """Liger broadcasts them wrongly and says nothing."""
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    for call in (rlsd_weights, vppo_weights):
+    for call, other in ((rlsd_weights, "teacher_log_probs"), (vppo_weights, "corrupted_log_probs")):
         with pytest.raises(TypeError, match="advantages must be Float"):
-            call(x, x, x, mask)
+            call(x, x, mask, **{other: x})
 
 
 def test_every_function_has_an_example_that_runs():

@@ -10,7 +10,7 @@ from rollout_files import HOSTILE, add_malformed, write_rollouts
 
 from srpo_core.report import report_files
 from srpo_core.report.colors import REACH, SCALES, TEXT, weight_shade
-from srpo_core.summaries import load, summarize_files
+from srpo_core.rollouts import load, summarize_files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -96,8 +96,8 @@ def test_filters_narrow_the_list_and_reset_widens_it(browser, page):
 @pytest.mark.parametrize(
     ("interference", "figure", "words"),
     [
-        (0.02, "0.02", "below 0.1, stay with GRPO: learning from the tokens that weigh little hardly moves"),
-        (1.5, "1.5", "weights may matter here: learning from the tokens that weigh little moves"),
+        (0.02, "0.02", "below 0.1, stay with GRPO: learning from the tokens with low weights hardly moves"),
+        (1.5, "1.5", "weights may matter here: learning from the tokens with low weights moves"),
     ],
 )
 def test_the_overview_says_whether_weights_can_matter(driver, tmp_path, interference, figure, words):
@@ -128,7 +128,7 @@ def test_the_page_names_the_lines_that_it_leaves_out(driver, tmp_path, several):
     one, other = texts(driver, ".notice.bad li")
     place = "b.jsonl, line" if several else "line"
     assert one.startswith(f"{place} {first}: not JSON: ")
-    assert other.startswith(f"{place} {last}: 'log_probs' is no field of a rollout")
+    assert other.startswith(f"{place} {last}: 'log_probs' is not a field of a rollout")
 
 
 def test_the_page_says_how_interference_would_be_measured(browser):
@@ -215,16 +215,16 @@ def test_a_word_is_not_torn_from_its_space(browser):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_tokens_have_the_colours_of_their_weights_in_both_themes(browser, page, theme):
+def test_tokens_have_the_colors_of_their_weights_in_both_themes(browser, page, theme):
     if browser.execute_script("return document.documentElement.dataset.theme") != theme:
         browser.find_element("id", "theme").click()
     assert browser.execute_script("return document.documentElement.dataset.theme") == theme
     browser.find_element("id", "item-1").click()
     (scored,) = load(summarize_files([page.with_name("rollouts.jsonl")]), [1])
     script = "return [...document.querySelectorAll('.t')].map((t) => getComputedStyle(t).backgroundColor)"
-    colours = [SCALES[theme][shade] for shade in weight_shade(scored.weights)]
-    assert browser.execute_script(script) == ["rgb({}, {}, {})".format(*colour) for colour in colours]
-    assert len(set(colours)) > 2
+    colors = [SCALES[theme][shade] for shade in weight_shade(scored.weights)]
+    assert browser.execute_script(script) == ["rgb({}, {}, {})".format(*color) for color in colors]
+    assert len(set(colors)) > 2
     text = browser.execute_script("return getComputedStyle(document.getElementById('heat')).color")
     assert text == "rgb({}, {}, {})".format(*TEXT[theme])
     browser.find_element("id", "mode-score").click()

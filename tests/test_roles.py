@@ -6,13 +6,14 @@ import time
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from tiny_tokenizers import EOS, PADDING, byte_bpe, token_bytes, unigram, with_tags
 
-from srpo_core import BrokenReason, Role, RoleTagIds, RoleTags, segment_responses, segment_roles
-from srpo_core.roles import parse_response, token_spans
+from srpo_core import Role, RoleTags, segment_responses, segment_roles
+from srpo_core.roles import check_roles, label_tokens, role_masks, roles_of_blocks
+from srpo_core.tags import BrokenReason, RoleTagIds, parse_response
 
 TAGS = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("<a>", "</a>"))
 BOXED = RoleTags(("<p>", "</p>"), ("<t>", "</t>"), ("\\boxed{", "}"))
@@ -145,30 +146,6 @@ def test_any_strings_may_be_tags():
     assert read_text("<p1/p<p>>2/p>>", True, tags) == ("NONE", "1", "2")
 
 
-@pytest.mark.parametrize(
-    ("text", "finished", "fault"),
-    [
-        ("<p>1<t>2</t></p>", True, "<t>2</t></p>"),
-        ("<p>1<t>2</p></t>", True, "</p></t>"),
-        ("<p>1</p>x</t>y", True, "</t>y"),
-        ("<p>1</p><a>2</a> <a>3</a>", True, "<a>3</a>"),
-        ("<p>1</p><t>2", True, "<t>2"),
-        ("<t>1</t>", True, ""),
-    ],
-)
-def test_parse_points_at_the_faulty_tag(text, finished, fault):
-    parsed = parse_response(text, TAGS, finished=finished)
-    assert parsed.reason != BrokenReason.NONE
-    assert parsed.position is not None
-    assert text[parsed.position :] == fault
-
-
-def test_parse_keeps_the_blocks_before_the_fault():
-    parsed = parse_response("<p>1</p><t>23</t></a>", TAGS)
-    assert parsed.blocks == (("perception", 3, 4), ("reasoning", 11, 13))
-    assert parse_response("<p>1</p>", TAGS).position is None
-
-
 # A slow reader, written from the table of rules: character by character, and bytes instead of decoded tokens.
 
 
@@ -288,7 +265,7 @@ FAMILIES = {
     "tags", [LONG_TAGS, dataclasses.replace(LONG_TAGS, answer=("\\boxed{", "}"))], ids=["", "boxed"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_agrees_with_the_slow_reader_on_ragged_batches(family, tags):
+def test_segment_responses_agrees_with_the_slow_reader_on_ragged_batches(family, tags):
     tokenizer = FAMILIES[family]()
     eos, padding = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PADDING)
     junk = tokenizer.encode("</think><answer>").ids
@@ -420,7 +397,7 @@ def random_tokens(batch=16, length=24):
     return ids, mask
 
 
-def test_compiles_whole_and_equals_eager():
+def test_segment_roles_compiles_whole_and_equals_eager():
     ids, mask = random_tokens()
     eager = segment_roles(ids, mask, tag_ids=TAG_IDS, eos_token_id=(0, 11))
     whole = torch.compile(segment_roles, fullgraph=True, backend="aot_eager")
@@ -430,7 +407,7 @@ def test_compiles_whole_and_equals_eager():
         assert torch.equal(one, other)
 
 
-def test_never_reads_a_value_on_the_host():
+def test_segment_roles_never_reads_a_value_on_the_host():
     ids, mask = random_tokens()  # a meta tensor has no values: reading one raises
     result = segment_roles(ids.to("meta"), mask.to("meta"), tag_ids=TAG_IDS, eos_token_id=[0])
     assert result.roles.device.type == "meta"
@@ -460,7 +437,7 @@ def test_inputs_stay_as_they_are_and_int32_ids_are_welcome():
 
 
 class Cleaning:
-    """Decodes as WordPiece does: what a token spells depends on its neighbours, so that pieces do not add up."""
+    """Decodes as WordPiece does: what a token spells depends on its neighbors, so that pieces do not add up."""
 
     eos_token_id = EOS_ID
 
@@ -468,7 +445,7 @@ class Cleaning:
         return Characters().decode(token_ids).replace(" .", ".").lstrip(" ")
 
 
-def test_decoders_that_look_at_neighbours_take_the_exact_path():
+def test_decoders_that_look_at_neighbors_take_the_exact_path():
     text = " <p>a .</p> <t>b . </t> "
     ids = torch.tensor([list(map(ord, text))])
     decoded = Cleaning().decode(ids[0].tolist())
@@ -477,22 +454,6 @@ def test_decoders_that_look_at_neighbours_take_the_exact_path():
     # The removed space before a full stop is a token without characters, inside the block that the full stop is in.
     expected = "".join({Role.OTHER: ".", Role.PERCEPTION: "p", Role.REASONING: "r"}[Role(role)] for role in roles)
     assert expected == "....ppp........rrrr....."
-
-
-@pytest.mark.parametrize("tokenizer", [byte_bpe(), unigram()], ids=["byte-level BPE", "Unigram"])
-@given(picks=st.lists(st.integers(0, 9), max_size=8))
-@example(picks=[0, 1, 0, 1, 3])  # with byte fallback two characters, until the last byte makes none of them one
-def test_spans_are_in_order_and_leave_no_character_out(tokenizer, picks):
-    """Whatever the tokens, bytes of no character included: looking tokens up by bisection relies on it."""
-    spelled = {token_bytes(tokenizer, token): token for token in range(256 + 1)}
-    tokens = [spelled[byte] for byte in (b"\xc3", b"\xa9", b"\xf0", b"\xff")]
-    tokens += tokenizer.encode("the cat", add_special_tokens=False).ids
-    ids = [tokens[pick % len(tokens)] for pick in picks]
-    text, starts, ends = token_spans(ids, tokenizer.decode, {})
-    assert text == tokenizer.decode(ids)
-    assert starts == sorted(starts)
-    assert ends == sorted(ends)
-    assert {at for start, end in zip(starts, ends, strict=True) for at in range(start, end)} == set(range(len(text)))
 
 
 def test_bytes_of_no_character_keep_the_role_of_where_they_are():
@@ -518,40 +479,6 @@ def test_a_token_with_two_contents_has_the_role_of_the_first():
     assert result.boundary.all()
 
 
-def test_the_text_is_not_cleaned_up():
-    class Tidy:
-        eos_token_id = EOS_ID
-
-        def decode(self, ids, clean_up_tokenization_spaces=True):
-            text = Characters().decode(ids)
-            return text.replace(" ", "") if clean_up_tokenization_spaces else text
-
-    ids = torch.tensor([[ord(character) for character in "<p>1< /p>2</p>"]])  # the policy closed its block only once
-    result = segment_responses(ids, ids >= 0, Tidy(), tags=TAGS)
-    assert result.broken.tolist() == [BrokenReason.NONE]
-
-
-@pytest.mark.parametrize("make", [byte_bpe, unigram])
-def test_each_distinct_token_is_decoded_once_and_not_each_prefix(make):
-    class Counting:
-        """Strips the first space of a text, as SentencePiece does, also where the tokenizer does not."""
-
-        calls = 0
-
-        def decode(self, ids):
-            self.calls += 1
-            text = make().decode(ids, skip_special_tokens=False)
-            return text if make is unigram else text.removeprefix(" ")
-
-    tokenizer = Counting()
-    text = "<perception>" + "the cat 🧭 sees 猫" * 40 + "</perception>"
-    ids = torch.tensor([make().encode(text).ids] * 2)
-    segment_responses(ids, ids >= 0, tokenizer, eos_token_id=())
-    # Two calls a distinct token, a handful for each of two split characters, two for each response.
-    assert tokenizer.calls <= 2 * ids.unique().numel() + 2 * 8 + 2 * 2
-    assert tokenizer.calls < ids.shape[1] / 2
-
-
 def test_transformers_tokenizers_fast_and_slow():
     transformers = pytest.importorskip("transformers")
     text = "<perception>the 🧭</perception>\n<think>3 猫</think>"
@@ -569,15 +496,6 @@ def test_transformers_tokenizers_fast_and_slow():
         assert result.boundary[0].tolist() == [*boundary, False]
 
 
-def test_special_tags_survive_decoders_that_drop_special_tokens():
-    """`tokenizers` skips special tokens unless told not to."""
-    tokenizer = with_tags(byte_bpe(), ALL_TAGS, special=True)
-    ids = torch.tensor([tokenizer.encode("<perception>cat</perception><think>3</think>").ids])
-    assert "<think>" not in tokenizer.decode(ids[0].tolist())
-    result = segment_responses(ids, ids >= 0, tokenizer, eos_token_id=())
-    assert result.roles.unique().tolist() == [Role.OTHER, Role.PERCEPTION, Role.REASONING]
-
-
 def test_many_responses_take_well_under_a_second():
     tokenizer = byte_bpe()
     text = "<perception>" + "the cat 🧭 sees" * 20 + "</perception>\n<think>" + " 3 so 猫" * 40 + "</think>"
@@ -588,61 +506,18 @@ def test_many_responses_take_well_under_a_second():
     assert time.perf_counter() - start < 5.0  # about 0.1 s; a decode per prefix of each response takes a minute
 
 
-class TestTagIds:
-    def test_of_both_libraries(self):
-        transformers = pytest.importorskip("transformers")
-        tokenizer = with_tags(byte_bpe(), ALL_TAGS)
-        expected = RoleTagIds(*(tokenizer.token_to_id(tag) for tag in ALL_TAGS))
-        assert LONG_TAGS.token_ids(tokenizer) == expected
-        assert LONG_TAGS.token_ids(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)) == expected
-        assert dataclasses.replace(LONG_TAGS, answer=None).token_ids(tokenizer) == RoleTagIds(*expected[:4], -1, -1)
-
-    def test_unknown_tag_is_an_error_that_says_what_to_do(self):
-        transformers = pytest.importorskip("transformers")
-        with pytest.raises(ValueError, match=r"perception tag '<perception>' must be a single token.*add_tokens"):
-            LONG_TAGS.token_ids(byte_bpe())
-        with_unknown = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_bpe(), unk_token=PADDING)
-        with pytest.raises(ValueError, match="perception tag"):
-            LONG_TAGS.token_ids(with_unknown)
-
-    def test_bracket_is_never_a_tag_token(self):
-        tokenizer = with_tags(byte_bpe(), (*ALL_TAGS, "\\boxed{"))
-        with pytest.raises(ValueError, match=r"answer tags .* use segment_responses"):
-            dataclasses.replace(LONG_TAGS, answer=("\\boxed{", "}")).token_ids(tokenizer)
-
-    def test_without_answer_tags_padding_of_minus_one_is_no_tag(self):
-        ids = torch.tensor([[1, 9, 2, 3, 9, 4, -1]])
-        result = segment_roles(ids, ids >= 0, tag_ids=RoleTagIds(1, 2, 3, 4), eos_token_id=0)
-        assert result.roles.tolist() == [[0, 1, 0, 0, 2, 0, 0]]
-        assert result.boundary.tolist() == [[True, False, True, True, False, True, False]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"perception": ("<p>",)}, "perception must be two non-empty strings"),
-        ({"perception": None}, "perception must be two non-empty strings"),
-        ({"reasoning": "<>"}, "reasoning must be two non-empty strings"),
-        ({"answer": ("<a>", "")}, "answer must be two non-empty strings"),
-        ({"answer": ("<think>", "</a>")}, "'<think>' more than once"),
-    ],
-)
-def test_tags_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        RoleTags(**arguments)
-
-
-def test_tags_read_from_yaml_are_lists():
-    tags = RoleTags(perception=["<p>", "</p>"], reasoning=["<t>", "</t>"], answer=["\\boxed{", "}"])
-    assert tags == BOXED
-    assert RoleTags(("\\see{", "}"), ("<t>", "</t>"), ("\\boxed{", "}")).perception == ("\\see{", "}")
+def test_without_answer_tags_padding_of_minus_one_is_no_tag():
+    ids = torch.tensor([[1, 9, 2, 3, 9, 4, -1]])
+    result = segment_roles(ids, ids >= 0, tag_ids=RoleTagIds(1, 2, 3, 4), eos_token_id=0)
+    assert result.roles.tolist() == [[0, 1, 0, 0, 2, 0, 0]]
+    assert result.boundary.tolist() == [[True, False, True, True, False, True, False]]
 
 
 def test_arguments_are_checked():
     ids, mask = random_tokens()
     with pytest.raises(TypeCheckError, match=r"mask must be Bool.*pass mask.bool\(\)"):
         segment_roles(ids, mask.long(), tag_ids=TAG_IDS, eos_token_id=0)
-    with pytest.raises(TypeCheckError, match="answer_role must be one of 'reasoning', 'other'"):
+    with pytest.raises(ValueError, match="answer_role must be one of 'reasoning', 'other'"):
         segment_roles(ids, mask, tag_ids=TAG_IDS, eos_token_id=0, answer_role="perception")
     with pytest.raises(ValueError, match="tag_ids must be different"):
         segment_roles(ids, mask, tag_ids=RoleTagIds(1, 2, 3, 3), eos_token_id=0)
@@ -650,3 +525,45 @@ def test_arguments_are_checked():
         segment_responses(ids, mask, byte_bpe())
     with pytest.raises(TypeCheckError):
         segment_responses(ids, mask, "gpt2", eos_token_id=0)
+
+
+# The pieces
+
+
+def test_role_masks_are_the_real_tokens_of_each_weighted_role():
+    roles = torch.tensor([[Role.PERCEPTION, Role.REASONING, Role.OTHER, Role.PERCEPTION, Role.REASONING, 99]])
+    mask = torch.tensor([[True, True, True, False, False, False]])
+    masks = role_masks(roles, mask)
+    assert masks.perception.tolist() == [[True, False, False, False, False, False]]
+    assert masks.reasoning.tolist() == [[False, True, False, False, False, False]]
+    assert masks.scored.tolist() == [[True, True, False, False, False, False]]
+
+
+def test_check_roles_names_the_first_wrong_one_of_a_real_token():
+    roles, mask = torch.tensor([[0, 9, 1], [2, 3, 1]]), torch.tensor([[True, False, True], [True, True, True]])
+    check_roles({"roles": roles[:1], "mask": mask[:1]})
+    with pytest.raises(ValueError, match="^roles is 3 at trajectory 1 token 1; expected 0 .OTHER., 1 .PERCEPTION., 2"):
+        check_roles({"roles": roles, "mask": mask})
+    with pytest.raises(ValueError, match="^roles is -1 at trajectory 0 token 0"):
+        check_roles({"roles": roles - 1, "mask": mask})
+
+
+def test_roles_of_blocks_say_what_answers_count_as():
+    assert roles_of_blocks("reasoning") == {"perception": 1, "reasoning": 2, "answer": 2}
+    assert roles_of_blocks("other") == {"perception": 1, "reasoning": 2, "answer": 0}
+    with pytest.raises(ValueError, match="^answer_role must be one of 'reasoning', 'other', got 'perception'"):
+        roles_of_blocks("perception")
+
+
+def test_label_tokens_by_hand():
+    """Of tokens that straddle a tag and its content, and of one that holds no character."""
+    text = "<p>ab</p><t>c</t>"
+    pieces = ["<p>a", "b", "", "</p><", "t>", "c</t>"]
+    ends = [4, 5, 5, 10, 12, 17]
+    starts = [0, *ends[:-1]]
+    assert [text[start:end] for start, end in zip(starts, ends, strict=True)] == pieces
+    roles, boundary = label_tokens(text, starts, ends, parse_response(text, TAGS), TAGS, roles_of_blocks("reasoning"))
+    assert roles == [1, 1, 0, 0, 0, 2]
+    assert boundary == [True, False, False, True, True, True]
+    broken = parse_response(text + "</t>", TAGS)
+    assert label_tokens(text, starts, ends, broken, TAGS, roles_of_blocks("reasoning")) == ([0] * 6, [False] * 6)

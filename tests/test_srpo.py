@@ -1,175 +1,204 @@
-"""The whole path: strength 0 is GRPO, one call equals its parts, compiled equals eager, config equals signatures."""
+"""The whole path: strength 0 is GRPO, one call equals its parts, compiled equals eager, options equal signatures."""
 
 import dataclasses
 import inspect
 import io
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import reference
 import torch
 from batches import batches
+from helpers import as_lists, close, loss_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
-import srpo_core
 from srpo_core import (
+    OutputLayer,
     Role,
     RoleTags,
-    SRPOConfig,
+    ScaleState,
+    aggregate,
+    corrupt_images,
+    corrupt_pixel_values,
+    counterfactual_responses,
+    fused_linear_grpo_loss,
     group_advantages,
     grpo_loss,
     kl_penalty,
     perception_consistency,
     role_advantages,
+    segment_responses,
+    segment_roles,
     shared_baseline_weights,
     srpo_advantages,
     srpo_loss,
+    token_divergence,
     token_log_probs,
     visual_dependency,
 )
+from srpo_core.options import CreditOptions, LossOptions, SRPOConfig, WeightMap
+from srpo_core.reliance import SpanCounterfactuals, apply_reliance, span_reliance
+from srpo_core.surrogates import Clip
+from srpo_core.weights import role_scales
 
 TOKEN_RATIO = ["clip", "cispo", "sapo", "gspo_token"]
 
 
-def rollout(batch):
-    return (
-        batch.old_log_probs,
-        batch.corrupted_log_probs,
-        batch.counterfactual_log_probs,
-        batch.roles,
-        batch.advantages,
-        batch.mask,
-    )
+def contexts(batch):
+    return {
+        "corrupted_log_probs": batch.corrupted_log_probs,
+        "counterfactual_log_probs": batch.counterfactual_log_probs,
+    }
 
 
-def close(actual, expected, **tolerance):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, **({"rtol": 1e-9, "atol": 1e-12} | tolerance))
+def credit_of(batch, options=CreditOptions(), **more):
+    arguments = contexts(batch) | more
+    return srpo_advantages(batch.old_log_probs, batch.advantages, batch.roles, batch.mask, options, **arguments)
 
 
-def loss_and_gradient(function, batch, *args, **options):
-    log_probs = batch.log_probs.clone().requires_grad_()
-    loss = function(log_probs, *args, **options).loss
-    return loss.detach(), torch.autograd.grad(loss, log_probs)[0]
+def srpo(batch, options=SRPOConfig(), **more):
+    others = contexts(batch) | {"old_log_probs": batch.old_log_probs} | more
+    return loss_and_gradient(srpo_loss, batch, batch.advantages, batch.roles, batch.mask, options, **others)
+
+
+def grpo(batch, advantages, options=LossOptions(), **more):
+    others = {"old_log_probs": batch.old_log_probs} | more
+    return loss_and_gradient(grpo_loss, batch, advantages, batch.mask, options, **others)
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("surrogate", [*TOKEN_RATIO, "gspo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @given(data=st.data())
 @settings(max_examples=15)
-def test_invariant_3_strength_zero_is_grpo_bit_for_bit(data, surrogate, dtype):
+def test_srpo_loss_of_strength_0_is_grpo_bit_for_bit(data, surrogate, dtype):
     batch = data.draw(batches(dtype=dtype))
-    options = {"surrogate": surrogate, "ref_log_probs": batch.ref_log_probs, "kl_coef": 0.05}
-    srpo = loss_and_gradient(srpo_loss, batch, *rollout(batch), strength=0.0, **options)
-    grpo = loss_and_gradient(grpo_loss, batch, batch.old_log_probs, batch.token_advantages, batch.mask, **options)
-    assert torch.equal(srpo[0], grpo[0])
-    assert torch.equal(srpo[1], grpo[1])
+    options = SRPOConfig(strength=0.0, surrogate=surrogate, kl_coef=0.05)
+    with_reference = {"ref_log_probs": batch.ref_log_probs}
+    assert_same(srpo(batch, options, **with_reference), grpo(batch, batch.token_advantages, options, **with_reference))
 
 
 @given(batches(), st.sampled_from(["log_ratio", "positive", "abs", "k3"]), st.sampled_from([0.5, 5.0]))
-def test_one_call_equals_its_parts_and_the_reference(batch, score, clip):
-    whole = srpo_advantages(*rollout(batch), visual_score=score, consistency_score=score, score_clip=clip)
-    visual = visual_dependency(
-        batch.old_log_probs, batch.corrupted_log_probs, batch.roles, batch.mask, kind=score, clip=clip
-    )
+def test_srpo_advantages_equals_its_parts_and_the_reference(batch, score, clip):
+    whole = credit_of(batch, CreditOptions(visual_score=score, consistency_score=score, score_clip=clip))
+    old, roles, mask = batch.old_log_probs, batch.roles, batch.mask
+    visual = visual_dependency(old, roles, mask, corrupted_log_probs=batch.corrupted_log_probs, kind=score, clip=clip)
     consistency = perception_consistency(
-        batch.old_log_probs, batch.counterfactual_log_probs, batch.roles, batch.mask, kind=score, clip=clip
+        old, roles, mask, counterfactual_log_probs=batch.counterfactual_log_probs, kind=score, clip=clip
     )
-    weights = shared_baseline_weights(visual, consistency, batch.roles, batch.mask)
-    assert torch.equal(whole.visual_dependency, visual)
-    assert torch.equal(whole.perception_consistency, consistency)
+    weights = shared_baseline_weights(visual + consistency, roles, mask)
+    assert torch.equal(whole.scores, visual + consistency)
     assert torch.equal(whole.weights, weights)
-    assert torch.equal(whole.advantages, role_advantages(weights, batch.advantages, batch.mask))
+    assert torch.equal(whole.advantages, role_advantages(weights, batch.advantages, mask))
     assert whole.scale_state is None
+    assert whole.donors is None
+    for name in ("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs"):
+        torch.testing.assert_close(getattr(whole, name), getattr(batch, name), rtol=0, atol=0, equal_nan=True)
 
-    old, corrupted, counterfactual, roles, _, mask = (tensor.tolist() for tensor in rollout(batch))
-    expected = reference.weights(
-        reference.scores(old, corrupted, roles, mask, reference.PERCEPTION, score, clip),
-        reference.scores(old, counterfactual, roles, mask, reference.REASONING, score, clip),
-        roles,
-        mask,
+    old, corrupted, counterfactual, roles, mask = as_lists(
+        old, batch.corrupted_log_probs, batch.counterfactual_log_probs, roles, mask
     )
+    of_perception = reference.scores(old, corrupted, roles, mask, reference.PERCEPTION, score, clip)
+    of_reasoning = reference.scores(old, counterfactual, roles, mask, reference.REASONING, score, clip)
+    joined = [
+        [max(pair, key=abs) for pair in zip(*rows, strict=True)]
+        for rows in zip(of_perception, of_reasoning, strict=True)
+    ]
+    expected = reference.weights(joined, roles, mask)
     close(whole.weights, expected)
 
 
+@given(batches(), st.sampled_from(["product", "share"]))
+def test_srpo_advantages_with_reliance_equals_its_parts(batch, mode):
+    reliance = torch.where(batch.mask & (batch.roles == Role.PERCEPTION), batch.log_probs.exp(), torch.nan)
+    options = CreditOptions(reliance_mode=mode)
+    plain = credit_of(batch)
+    whole = credit_of(batch, options, reliance=reliance)
+    scores = apply_reliance(plain.scores, batch.roles, batch.mask, reliance=reliance, mode=mode)
+    assert torch.equal(whole.scores, scores)
+    assert torch.equal(whole.weights, shared_baseline_weights(scores, batch.roles, batch.mask))
+
+
 @given(batches())
-def test_the_loss_is_grpo_on_the_weighted_advantages(batch):
-    credit = srpo_advantages(*rollout(batch))
-    whole = loss_and_gradient(srpo_loss, batch, *rollout(batch), reduction="sequence_mean")
-    parts = loss_and_gradient(
-        grpo_loss, batch, batch.old_log_probs, credit.advantages, batch.mask, reduction="sequence_mean"
-    )
-    assert torch.equal(whole[0], parts[0])
-    assert torch.equal(whole[1], parts[1])
+def test_srpo_loss_is_grpo_loss_on_the_weighted_advantages(batch):
+    options = SRPOConfig(reduction="sequence_mean")
+    assert_same(srpo(batch, options), grpo(batch, credit_of(batch).advantages, options))
 
 
 @given(batches())
 def test_no_corrupted_pass_means_no_visual_score(batch):
-    without = srpo_advantages(batch.old_log_probs, None, None, *rollout(batch)[3:])
+    without = credit_of(batch, corrupted_log_probs=None, counterfactual_log_probs=None)
     assert torch.equal(without.weights, batch.mask.double())
-    same = srpo_advantages(batch.old_log_probs, batch.old_log_probs, None, *rollout(batch)[3:])
+    same = credit_of(batch, corrupted_log_probs=batch.old_log_probs, counterfactual_log_probs=None)
     assert torch.equal(same.weights, without.weights)
+    assert without.corrupted_log_probs is without.counterfactual_log_probs is None
 
 
 @given(batches())
-def test_invariant_12_finite_under_minus_infinity(batch):
-    spike = torch.where(batch.mask & (torch.arange(batch.mask.shape[1]) % 2 == 0), -torch.inf, 0.0)
-    batch = replace(batch, corrupted_log_probs=batch.corrupted_log_probs + spike, old_log_probs=batch.old_log_probs)
-    assert srpo_advantages(*rollout(batch)).weights.isfinite().all()
+def test_infinite_log_probs_have_a_score_and_leave_finite_weights(batch):
+    """A token that one context excludes scores the clip; one that both exclude, inf - inf, scores 0."""
+    time = torch.arange(batch.mask.shape[1])
+    without_old, without_corrupted = time % 4 < 2, time % 2 == 0
+    old = batch.old_log_probs.masked_fill(batch.mask & without_old, -torch.inf)
+    corrupted = batch.corrupted_log_probs.masked_fill(batch.mask & without_corrupted, -torch.inf)
+    made = credit_of(replace(batch, old_log_probs=old, corrupted_log_probs=corrupted), counterfactual_log_probs=None)
+    perception = batch.mask & (batch.roles == Role.PERCEPTION)
+    for where, score in (
+        (without_old & without_corrupted, 0.0),
+        (without_old & ~without_corrupted, -5.0),
+        (~without_old & without_corrupted, 5.0),
+    ):
+        assert (made.scores[perception & where] == score).all()
+    expected = reference.weights(*as_lists(made.scores, batch.roles, batch.mask))
+    close(made.weights, expected)
+    assert made.weights.isfinite().all()
 
 
 @given(batches())
-def test_invariant_16_weights_depend_neither_on_the_step_nor_on_the_cut_nor_on_neighbours(batch):
-    together = srpo_advantages(*rollout(batch)).advantages
+def test_weights_depend_neither_on_the_cut_nor_on_neighbors_nor_on_padding(batch):
+    together = credit_of(batch).advantages
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     for row in range(len(together)):
-        alone = srpo_advantages(*(tensor[row : row + 1] for tensor in rollout(batch))).advantages
-        close(alone[0], together[row])
-    time = batch.mask.shape[1]
-    padded = [torch.nn.functional.pad(tensor, (0, 3)) if tensor.ndim == 2 else tensor for tensor in rollout(batch)]
-    close(srpo_advantages(*padded).advantages[:, :time], together)
+        alone = credit_of(replace(batch, **{name: tensor[row : row + 1] for name, tensor in tensors.items()}))
+        close(alone.advantages[0], together[row])
+    padded = {
+        name: torch.nn.functional.pad(tensor, (0, 3)) if tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    close(credit_of(replace(batch, **padded)).advantages[:, : batch.mask.shape[1]], together)
 
 
 @pytest.mark.parametrize("score", ["full_kl", "reverse_kl", "jsd", "topk_kl"])
 def test_a_divergence_is_read_from_its_own_argument(score):
     roles, mask = torch.tensor([[1, 1, 2, 2]]), torch.ones(1, 4).bool()
     divergence = torch.tensor([[9.0, 0.1, 0.1, 9.0]])
-    old = torch.zeros(1, 4)
-    credit = srpo_advantages(
-        old,
-        None,
-        None,
-        roles,
-        torch.ones(1),
-        mask,
-        visual_score=score,
-        consistency_score=score,
-        visual_divergence=divergence,
-        consistency_divergence=divergence,
-    )
-    close(credit.visual_dependency, [[5.0, 0.1, 0.0, 0.0]], rtol=1e-6)
-    close(credit.perception_consistency, [[0.0, 0.0, 0.1, 5.0]], rtol=1e-6)
+    rollout = torch.zeros(1, 4), torch.ones(1), roles, mask
+    options = CreditOptions(visual_score=score, consistency_score=score)
+    both = srpo_advantages(*rollout, options, visual_divergence=divergence, consistency_divergence=divergence)
+    close(both.scores, [[5.0, 0.1, 0.1, 5.0]], rtol=1e-6)
+    one = srpo_advantages(*rollout, CreditOptions(visual_score=score), visual_divergence=divergence)
+    close(one.scores, [[5.0, 0.1, 0.0, 0.0]], rtol=1e-6)
     with pytest.raises(ValueError, match=f"visual_divergence is None; visual_score='{score}' needs token_divergence"):
-        srpo_advantages(old, None, None, roles, torch.ones(1), mask, visual_score=score)
+        srpo_advantages(*rollout, CreditOptions(visual_score=score))
     with pytest.raises(ValueError, match="consistency_divergence is None"):
-        srpo_advantages(old, None, None, roles, torch.ones(1), mask, consistency_score=score)
+        srpo_advantages(*rollout, CreditOptions(consistency_score=score))
 
 
 @given(batches())
 def test_batch_scale_divides_by_the_root_mean_square(batch):
-    credit = srpo_advantages(*rollout(batch), scale="batch_rms", visual_scale=2.0)
-    scales, _ = srpo_core.role_scales(credit.visual_dependency, credit.perception_consistency, batch.roles, batch.mask)
-    expected = shared_baseline_weights(
-        credit.visual_dependency,
-        credit.perception_consistency,
-        batch.roles,
-        batch.mask,
-        visual_scale=2.0 * scales.visual,
-        consistency_scale=scales.consistency,
-    )
-    close(credit.weights, expected)
+    made = credit_of(batch, CreditOptions(scale="batch_rms", visual_scale=2.0))
+    measured, _ = role_scales(made.scores, batch.roles, batch.mask)
+    by_hand = measured._replace(visual=2.0 * measured.visual)
+    close(made.weights, shared_baseline_weights(made.scores, batch.roles, batch.mask, scales=by_hand))
 
 
 def test_the_moving_scale_survives_a_checkpoint():
@@ -179,7 +208,14 @@ def test_the_moving_scale_survives_a_checkpoint():
     def step(state):
         old, corrupted, counterfactual = (torch.randn(4, 16, generator=g) for _ in range(3))
         return srpo_advantages(
-            old, corrupted, counterfactual, roles, torch.ones(4), mask, scale="ema_rms", scale_state=state
+            old,
+            torch.ones(4),
+            roles,
+            mask,
+            CreditOptions(scale="ema_rms"),
+            corrupted_log_probs=corrupted,
+            counterfactual_log_probs=counterfactual,
+            scale_state=state,
         )
 
     state = step(step(None).scale_state).scale_state
@@ -189,26 +225,23 @@ def test_the_moving_scale_survives_a_checkpoint():
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     g.set_state(saved["generator"])
-    resumed = step(srpo_core.ScaleState(**saved["scale"]))
+    resumed = step(ScaleState(**saved["scale"]))
     assert torch.equal(resumed.weights, straight.weights)
 
 
 @given(batches())
 def test_metrics(batch):
     broken = (torch.arange(len(batch.mask)) % 3).to(torch.int64)
-    credit = srpo_advantages(*rollout(batch), broken=broken)
-    metrics, weights = credit.metrics, credit.weights
-    for name, role, scores in (
-        ("perception", Role.PERCEPTION, credit.visual_dependency),
-        ("reasoning", Role.REASONING, credit.perception_consistency),
-    ):
+    made = credit_of(batch, broken=broken)
+    metrics, weights = made.metrics, made.weights
+    for name, role in (("perception", Role.PERCEPTION), ("reasoning", Role.REASONING)):
         where = batch.mask & (batch.roles == role)
         if where.any():
             close(metrics[f"weight/{name}/mean"], weights[where].mean())
             close(metrics[f"weight/{name}/min"], weights[where].min())
             close(metrics[f"weight/{name}/max"], weights[where].max())
             close(metrics[f"weight/{name}/mass"], weights[where].sum() / weights.sum())
-            close(metrics[f"score/{name}/mean"], scores[where].mean())
+            close(metrics[f"score/{name}/mean"], made.scores[where].mean())
         else:
             assert metrics[f"weight/{name}/mean"] == 1
             assert metrics[f"weight/{name}/mass"] == metrics[f"score/{name}/mean"] == 0
@@ -218,54 +251,95 @@ def test_metrics(batch):
         close(metrics["broken/fraction"], (broken[real] > 0).double().mean())
         close(metrics["broken/no_perception"], (broken[real] == 1).double().mean())
     assert all(metric.ndim == 0 and not metric.requires_grad for metric in metrics.values())
-    assert "broken/fraction" not in srpo_advantages(*rollout(batch)).metrics
+    assert "broken/fraction" not in credit_of(batch).metrics
 
 
 def test_gradient_of_the_whole_loss():
     g = torch.Generator().manual_seed(5)
     old = -torch.rand(3, 6, generator=g, dtype=torch.float64)
     log_probs = (old + 0.02 * torch.randn(3, 6, generator=g, dtype=torch.float64)).requires_grad_()
-    others = [old + torch.randn(3, 6, generator=g, dtype=torch.float64) for _ in range(2)]
+    corrupted, counterfactual = (old + torch.randn(3, 6, generator=g, dtype=torch.float64) for _ in range(2))
     roles, mask = torch.randint(0, 3, (3, 6), generator=g), torch.rand(3, 6, generator=g) < 0.8
     advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+
+    def loss(log_probs, surrogate):
+        options = SRPOConfig(kl_coef=0.1, surrogate=surrogate)
+        return srpo_loss(
+            log_probs,
+            advantages,
+            roles,
+            mask,
+            options,
+            old_log_probs=old,
+            corrupted_log_probs=corrupted,
+            counterfactual_log_probs=counterfactual,
+            ref_log_probs=old - 0.1,
+        ).loss
+
     for surrogate in ("clip", "sapo"):
-        assert gradcheck(
-            lambda x, surrogate=surrogate: (
-                srpo_loss(
-                    x, old, *others, roles, advantages, mask, ref_log_probs=old - 0.1, kl_coef=0.1, surrogate=surrogate
-                ).loss
-            ),
-            (log_probs,),
-        )
+        assert gradcheck(lambda x, surrogate=surrogate: loss(x, surrogate), (log_probs,))
 
 
-def test_sequence_ratio_is_refused_with_the_reason():
-    zeros, roles, mask = torch.zeros(1, 2), torch.ones(1, 2).long(), torch.ones(1, 2).bool()
+# What is refused
+
+
+def nothing(batch=1, time=2):
+    """Log-probs of 0, advantages of 1, all tokens perception and real."""
+    shape = batch, time
+    return torch.zeros(shape), torch.ones(batch), torch.ones(shape).long(), torch.ones(shape).bool()
+
+
+def test_a_sequence_ratio_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"surrogate='gspo' with strength=1.0: GSPO's sequence-level ratio"):
-        srpo_loss(zeros, zeros, None, None, roles, torch.ones(1), mask, surrogate="gspo")
-    with pytest.raises(ValueError, match="surrogate='gspo'"):
         SRPOConfig(surrogate="gspo")
-    assert SRPOConfig(surrogate="gspo", strength=0.0).strength == 0.0
+    assert SRPOConfig(surrogate="gspo", strength=0.0).surrogate.is_one_ratio
+    assert SRPOConfig(surrogate="gspo", mix=0.0).surrogate.is_one_ratio
 
 
 def test_a_state_on_the_step_path_is_refused_with_the_way_out():
-    zeros, roles, mask = torch.zeros(1, 2), torch.ones(1, 2).long(), torch.ones(1, 2).bool()
+    log_probs, *rollout = nothing()
     with pytest.raises(ValueError, match="scale='ema_rms' has a state .* call srpo_advantages once per rollout batch"):
-        srpo_loss(zeros, zeros, None, None, roles, torch.ones(1), mask, scale="ema_rms")
+        srpo_loss(log_probs, *rollout, SRPOConfig(scale="ema_rms"), old_log_probs=log_probs)
 
 
-@pytest.mark.parametrize(
-    ("position", "name"), [(0, "old_log_probs"), (1, "corrupted_log_probs"), (2, "counterfactual_log_probs")]
-)
-def test_nan_at_a_real_token_is_named(position, name):
-    tensors = [torch.zeros(2, 3) for _ in range(3)]
-    tensors[position][1, 2] = math.nan
-    args = (*tensors, torch.ones(2, 3).long(), torch.ones(2), torch.ones(2, 3).bool())
+def test_tensors_that_were_exchanged_are_refused():
+    log_probs, *rollout = nothing()
+    policy = log_probs.clone().requires_grad_()
+    with pytest.raises(ValueError, match="old_log_probs requires a gradient and log_probs does not"):
+        srpo_loss(log_probs, *rollout, old_log_probs=policy)
+
+
+@pytest.mark.parametrize("name", ["old_log_probs", "corrupted_log_probs", "counterfactual_log_probs"])
+def test_nan_at_a_real_token_is_named(name):
+    log_probs, *rollout = nothing(2, 3)
+    others = dict.fromkeys(("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs"), log_probs)
+    others[name] = log_probs.clone()
+    others[name][1, 2] = math.nan
     message = rf"{name} is NaN at trajectory 1 token 2 \(1 such values"
     with pytest.raises(ValueError, match=message):
-        srpo_advantages(*args)
+        srpo_loss(log_probs, *rollout, **others)
+    old = others.pop("old_log_probs")
     with pytest.raises(ValueError, match=message):
-        srpo_loss(torch.zeros(2, 3), *args)
+        srpo_advantages(old, *rollout, **others)
+
+
+def test_nan_is_refused_only_where_it_is_read():
+    """A divergence may be NaN at tokens of the other role, and so may the reliance."""
+    log_probs, advantages, roles, mask = nothing(1, 3)
+    roles = torch.tensor([[1, 2, 0]])
+    options = CreditOptions(visual_score="jsd", consistency_score="jsd")
+    visual, consistency = torch.tensor([[0.5, math.nan, math.nan]]), torch.tensor([[math.nan, 0.5, math.nan]])
+    rollout = log_probs, advantages, roles, mask, options
+    made = srpo_advantages(*rollout, visual_divergence=visual, consistency_divergence=consistency, reliance=visual)
+    assert made.weights.isfinite().all()
+    for change, name in (
+        ({"visual_divergence": consistency}, "visual_divergence"),
+        ({"consistency_divergence": visual}, "consistency_divergence"),
+        ({"reliance": consistency}, "reliance"),
+    ):
+        fine = {"visual_divergence": visual, "consistency_divergence": consistency, "reliance": visual}
+        with pytest.raises(ValueError, match=f"{name} is NaN at trajectory 0 token"):
+            srpo_advantages(*rollout, **(fine | change))
 
 
 def test_empty_and_all_broken_batches_are_neutral():
@@ -273,7 +347,13 @@ def test_empty_and_all_broken_batches_are_neutral():
         log_probs = torch.zeros(shape, requires_grad=True)
         zeros, roles = torch.zeros(shape), torch.zeros(shape).long()
         loss, metrics = srpo_loss(
-            log_probs, zeros, zeros - 1, zeros - 2, roles, torch.ones(shape[0]), torch.ones(shape).bool()
+            log_probs,
+            torch.ones(shape[0]),
+            roles,
+            torch.ones(shape).bool(),
+            old_log_probs=zeros,
+            corrupted_log_probs=zeros - 1,
+            counterfactual_log_probs=zeros - 2,
         )
         loss.backward()
         assert loss.isfinite()
@@ -284,24 +364,8 @@ def test_empty_and_all_broken_batches_are_neutral():
 # torch.compile
 
 
-def path(log_probs, old, corrupted, counterfactual, ref, roles, advantages, mask):
-    loss, metrics = srpo_loss(
-        log_probs,
-        old,
-        corrupted,
-        counterfactual,
-        roles,
-        advantages,
-        mask,
-        ref_log_probs=ref,
-        kl_coef=0.1,
-        dual_clip=3.0,
-        baseline="median",
-    )
-    return loss, metrics["weight/perception/mean"], metrics["ratio/max"]
-
-
 def path_inputs(batch, time, seed):
+    """Five tensors of log-probs, then roles, advantages and mask."""
     g = torch.Generator().manual_seed(seed)
     log_probs = [torch.randn(batch, time, generator=g) for _ in range(5)]
     return (
@@ -310,6 +374,24 @@ def path_inputs(batch, time, seed):
         torch.randn(batch, generator=g),
         torch.rand(batch, time, generator=g) < 0.9,
     )
+
+
+def path(options, log_probs, old, corrupted, counterfactual, ref, roles, advantages, mask):
+    loss, metrics = srpo_loss(
+        log_probs,
+        advantages,
+        roles,
+        mask,
+        options,
+        old_log_probs=old,
+        corrupted_log_probs=corrupted,
+        counterfactual_log_probs=counterfactual,
+        ref_log_probs=ref,
+    )
+    return loss, metrics["weight/perception/mean"], metrics["ratio/max"]
+
+
+OPTIONS = SRPOConfig(kl_coef=0.1, surrogate=Clip(dual=3.0), baseline="median")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -321,7 +403,7 @@ def test_compiled_whole_equals_eager(dynamic):
         results = []
         for function in (path, compiled):
             log_probs = inputs[0].clone().requires_grad_()
-            loss, *metrics = function(log_probs, *inputs[1:])
+            loss, *metrics = function(OPTIONS, log_probs, *inputs[1:])
             loss.backward()
             results.append((loss.detach(), log_probs.grad, *metrics))
         for eager, whole in zip(*results, strict=True):
@@ -331,28 +413,115 @@ def test_compiled_whole_equals_eager(dynamic):
 def test_compiled_by_inductor_equals_eager(cpp_compiler):
     torch.compiler.reset()
     inputs = path_inputs(3, 8, seed=0)
-    torch.testing.assert_close(torch.compile(path, fullgraph=True)(*inputs), path(*inputs))
+    compiled = torch.compile(path, fullgraph=True)
+    for mix in (1.0, 0.3):
+        options = replace(OPTIONS, mix=mix)
+        torch.testing.assert_close(compiled(options, *inputs), path(options, *inputs))
+
+
+def test_a_ramp_of_mix_makes_two_graphs_at_most():
+    """One for the first value, one for all others: a graph for each step would end a compiled run at the ninth."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(path, fullgraph=True, backend=graphs)
+    inputs = path_inputs(3, 8, seed=0)
+    ramped = replace(OPTIONS, mix_warmup_steps=10)
+    seen = []
+    for step in range(11):
+        options = ramped.at_step(step)
+        for whole, eager in zip(compiled(options, *inputs), path(options, *inputs), strict=True):
+            torch.testing.assert_close(whole, eager, rtol=1e-6, atol=1e-7)
+        seen.append(options.mix)
+    close(torch.tensor(seen), [step / 10 for step in range(11)])
+    assert graphs.frame_count <= 2
+
+
+def test_the_fused_loss_takes_options_and_output_layers_into_one_graph():
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden, output, advantages, options):
+        made = fused_linear_grpo_loss(hidden, output, ids, advantages, mask, options, old_log_probs=old)
+        return made.loss, made.metrics["ratio/max"]
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    _, old, *_, roles, advantages, mask = path_inputs(3, 8, seed=0)
+    g = torch.Generator().manual_seed(1)
+    ids, hidden = torch.randint(11, (3, 8), generator=g), torch.randn(3, 8, 4, generator=g)
+    for step in range(11):
+        weight = torch.randn(11, 4, generator=g)
+        output = OutputLayer(weight, torch.randn(11, generator=g), 0.7, logit_softcap=3.0, logit_scale=0.5)
+        options = replace(OPTIONS, kl_coef=0.0, mix_warmup_steps=10).at_step(step)
+        weights = shared_baseline_weights(old, roles, mask, options)
+        inputs = hidden, output, role_advantages(weights, advantages, mask), options
+        torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+    assert graphs.frame_count <= 2
+
+
+def tempered(centered, scored, strength):
+    return (strength * centered.clamp(-1.0, 1.0)).exp()
+
+
+def largest(scores, masks):
+    return torch.where(masks.scored, scores, -torch.inf).amax(1, keepdim=True).clamp(min=-5.0)
+
+
+def test_functions_of_the_user_are_baseline_and_map_in_eager_mode_and_compiled():
+    torch.compiler.reset()
+    inputs = path_inputs(3, 8, seed=0)
+    old, roles, mask = inputs[1], inputs[5], inputs[7]
+    options = SRPOConfig(weight_map=tempered, baseline=largest, kl_coef=0.1, strength=0.5)
+    weights = shared_baseline_weights(old, roles, mask, options)
+    for row in range(3):
+        scored = mask[row] & (roles[row] > 0)
+        scores = old[row][scored].double()
+        values = torch.exp(0.5 * (scores - scores.max()).clamp(-1.0, 1.0))
+        close(weights[row][scored].double(), values / values.mean(), rtol=1e-5, atol=1e-6)
+        assert (weights[row][mask[row] & ~scored] == 1.0).all()
+    compiled = torch.compile(path, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(options, *inputs), path(options, *inputs))
 
 
 def test_every_tensor_function_compiles_whole():
     torch.compiler.reset()
-    log_probs, old, *_, roles, advantages, mask = path_inputs(3, 8, seed=0)
+    log_probs, old, corrupted, counterfactual, ref, roles, advantages, mask = path_inputs(3, 8, seed=0)
     logits, ids, groups = torch.randn(3, 8, 11), torch.randint(11, (3, 8)), torch.tensor([0, 1, 0])
+    scores = log_probs - old
+    ramped = CreditOptions(scale="ema_rms", mix_warmup_steps=4)
+    surrogates = {name: LossOptions(surrogate=name) for name in (*TOKEN_RATIO, "gspo")}
+    maps = {name: CreditOptions(weight_map=name) for name in get_args(WeightMap)}
     calls = {
         "token_log_probs": lambda: token_log_probs(logits, ids, temperature=0.5),
-        "token_divergence": lambda: srpo_core.token_divergence(logits, 2 * logits, kind="topk_kl", top_k=3),
+        "token_divergence": lambda: token_divergence(logits, other_logits=2 * logits, kind="topk_kl", top_k=3),
+        "visual_dependency": lambda: visual_dependency(old, roles, mask, corrupted_log_probs=corrupted),
+        "perception_consistency": lambda: perception_consistency(
+            old, roles, mask, counterfactual_log_probs=counterfactual, kind="k3"
+        ),
+        "apply_reliance": lambda: apply_reliance(scores, roles, mask, reliance=ref.exp(), mode="share"),
+        "span_reliance": lambda: span_reliance(
+            old,
+            roles,
+            mask,
+            without_log_probs=torch.stack([corrupted, counterfactual]),
+            spans=groups[:, None] + ids * 0,
+        ),
         "group_advantages": lambda: group_advantages(advantages, groups),
-        "kl_penalty": lambda: kl_penalty(log_probs, old, mask),
-        "role_scales": lambda: srpo_core.role_scales(log_probs, old, roles, mask, decay=0.5),
+        "role_advantages": lambda: role_advantages(scores, advantages, mask),
+        "kl_penalty": lambda: kl_penalty(log_probs, mask, ref_log_probs=ref),
+        "aggregate": lambda: aggregate(log_probs, mask, reduction="sequence_mean"),
+        "role_scales": lambda: role_scales(scores, roles, mask, decay=0.5),
+        "srpo_advantages": lambda: srpo_advantages(
+            old, advantages, roles, mask, ramped.at_step(3), corrupted_log_probs=corrupted
+        )[:3],
         **{
-            f"surrogate {name}": lambda name=name: (
-                grpo_loss(log_probs, old, advantages[:, None].expand(3, 8), mask, surrogate=name).loss
+            f"surrogate {name}": lambda options=options: (
+                grpo_loss(log_probs, advantages[:, None].expand(3, 8), mask, options, old_log_probs=old).loss
             )
-            for name in (*TOKEN_RATIO, "gspo")
+            for name, options in surrogates.items()
         },
         **{
-            f"map {name}": lambda name=name: shared_baseline_weights(log_probs, old, roles, mask, weight_map=name)
-            for name in ("exp_clip", "one_plus_tanh", "sigmoid", "softplus", "softmax")
+            f"map {name}": lambda options=options: shared_baseline_weights(scores, roles, mask, options)
+            for name, options in maps.items()
         },
     }
     for name, call in calls.items():
@@ -360,96 +529,52 @@ def test_every_tensor_function_compiles_whole():
         torch.testing.assert_close(compiled(), call(), msg=lambda text, name=name: f"{name}: {text}")
 
 
-# SRPOConfig
+# Options
+
+# A keyword of a leaf and the option that a composite hands on to it.
+LEAVES = {
+    corrupt_images: {"kind": "corruption", "amount": "corruption_amount", "seed": "seed"},
+    corrupt_pixel_values: {"kind": "corruption", "amount": "corruption_amount", "seed": "seed"},
+    counterfactual_responses: {"kind": "counterfactual"},
+    segment_roles: {"answer_role": "answer_role"},
+    segment_responses: {"answer_role": "answer_role", "tags": "tags"},
+    visual_dependency: {"kind": "visual_score", "clip": "score_clip"},
+    perception_consistency: {"kind": "consistency_score", "clip": "score_clip"},
+    span_reliance: {"clip": "score_clip"},
+    SpanCounterfactuals.reliance: {"clip": "score_clip"},
+    apply_reliance: {"mode": "reliance_mode"},
+    group_advantages: {"normalization": "normalization", "epsilon": "epsilon"},
+    kl_penalty: {"estimator": "kl_estimator"},
+    aggregate: {"reduction": "reduction"},
+}
 
 
-def defaults(function):
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
+def test_defaults_of_the_leaves_are_those_of_the_options(leaf):
+    parameters = inspect.signature(leaf).parameters
+    for argument, option in LEAVES[leaf].items():
+        assert parameters[argument].default == getattr(SRPOConfig(), option), argument
 
 
-def test_config_defaults_equal_the_functions_and_every_option_is_there():
-    config = {f.name: getattr(SRPOConfig(), f.name) for f in dataclasses.fields(SRPOConfig)}
-    tensors = {
-        "broken",
-        "visual_divergence",
-        "consistency_divergence",
-        "scale_state",
-        "ref_log_probs",
-        "normalizer",
-        "perception_use",
-    }
-    for function in (srpo_advantages, srpo_loss, grpo_loss, group_advantages):
-        options = {name: value for name, value in defaults(function).items() if name not in tensors}
-        assert {name: config[name] for name in options} == options
-    for function, renamed in (
-        (srpo_core.corrupt_images, {"kind": "corruption", "strength": "corruption_strength", "seed": "seed"}),
-        (srpo_core.corrupt_pixel_values, {"kind": "corruption", "strength": "corruption_strength", "seed": "seed"}),
-        (srpo_core.counterfactual_responses, {"kind": "counterfactual"}),
-        (srpo_core.segment_roles, {"answer_role": "answer_role"}),
-        (srpo_core.segment_responses, {"answer_role": "answer_role", "tags": "tags"}),
-        (shared_baseline_weights, {name: name for name in ("visual_scale", "bound", "mix", "sign")}),
-        (visual_dependency, {"kind": "visual_score", "clip": "score_clip"}),
-        (perception_consistency, {"kind": "consistency_score", "clip": "score_clip"}),
-    ):
-        for argument, option in renamed.items():
-            assert defaults(function)[argument] == config[option], (function.__name__, argument)
-    assert config["tags"] == RoleTags()
-
-
-def test_config_options_are_what_the_functions_take():
-    config = SRPOConfig(strength=0.5, kl_coef=0.1, mix_warmup_steps=4)
-    assert set(config.advantage_options()) < set(inspect.signature(srpo_advantages).parameters)
-    assert {*config.advantage_options(), *config.loss_options()} < set(inspect.signature(srpo_loss).parameters)
-    moving = dataclasses.replace(config, scale="ema_rms", scale_decay=0.5)
-    assert moving.advantage_options()["scale_decay"] == 0.5
-    assert set(config.loss_options()) < set(inspect.signature(grpo_loss).parameters)
-    assert [config.advantage_options(step=step)["mix"] for step in (0, 2, 9)] == [0.0, 0.5, 1.0]
-    assert config.advantage_options()["mix"] == 1.0
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.strength = 1.0
+def test_the_default_tags_are_those_of_the_options():
+    assert SRPOConfig().tags == RoleTags()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("composite", "group"),
     [
-        ({"corruption": "blurr"}, "corruption must be one of 'patch_mask', .*got 'blurr'"),
-        ({"counterfactual": "remove"}, "counterfactual must be one of 'swap', 'drop', 'mask'"),
-        ({"counterfactual_image": "black"}, "counterfactual_image must be one of 'kept', 'corrupted'"),
-        ({"visual_score": "kl"}, "visual_score must be one of"),
-        ({"baseline": "mean"}, "baseline must be one of"),
-        ({"strength": -1.0}, "strength must be in"),
-        ({"clip_low": 2.0}, "clip_low must be in"),
-        ({"dual_clip": 0.5}, "dual_clip must be above 1"),
-        ({"mix": 2.0}, "mix must be in"),
-        ({"score_clip": 0.0}, "clip must be above 0"),
-        ({"scale": "ema_rms", "scale_decay": 1.0}, "decay must be in"),
-        ({"kl_coef": -1.0}, "kl_coef must be at least 0"),
-        ({"mix_warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"epsilon": -1.0}, "epsilon must be at least 0"),
-        ({"corruption_strength": -1.0}, "strength"),
-        ({"use": "sum"}, "use must be one of 'product', 'share', got 'sum'"),
-        ({"use_spans": -1}, "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
-        ({"use_spans": 2.5}, "use_spans must be a whole number of at least 0, got 2.5"),
-        ({"use_spans": "4"}, "use_spans must be a whole number of at least 0, got '4'"),
-        ({"use_spans": True}, "use_spans must be a whole number of at least 0, got True"),
+        (srpo_advantages, CreditOptions),
+        (shared_baseline_weights, CreditOptions),
+        (srpo_loss, SRPOConfig),
+        (grpo_loss, LossOptions),
+        (fused_linear_grpo_loss, LossOptions),
     ],
+    ids=lambda x: x.__name__,
 )
-def test_config_refuses_what_the_functions_would_refuse(change, message):
-    with pytest.raises(ValueError, match=message):
-        SRPOConfig(**change)
-
-
-def test_config_says_how_many_passes_the_use_score_takes():
-    assert SRPOConfig().use_passes == 0
-    assert SRPOConfig(use_spans=3).use_passes == 3
-    # GRPO, whatever the scores: a baseline run does not pay for them.
-    assert SRPOConfig(use_spans=3, strength=0.0).use_passes == 0
-    assert SRPOConfig(use_spans=3, mix=0.0).use_passes == 0
-    assert "use_spans" not in SRPOConfig(use_spans=3).advantage_options()
-    assert SRPOConfig(use="share").advantage_options()["use"] == "share"
-
-
-@pytest.mark.parametrize("reduction", ["constant", "sum", "sequence_mean"])
-def test_config_takes_every_reduction_and_whole_numbers(reduction):
-    assert SRPOConfig(reduction=reduction, kl_coef=0, strength=1).reduction == reduction
+def test_composites_take_one_object_of_options_that_the_whole_config_is_too(composite, group):
+    options = inspect.signature(composite).parameters["options"]
+    assert options.annotation is group
+    assert options.default == group()
+    assert isinstance(SRPOConfig(), group)
+    names = {field.name for field in dataclasses.fields(SRPOConfig)}
+    assert not names & set(inspect.signature(composite).parameters), "an option has one place"

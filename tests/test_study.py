@@ -14,9 +14,9 @@ from benchmarks.grounding.arms import (
     ARMS,
     Oracle,
     Placebo,
+    RelianceAlone,
     RightAgainstWrong,
     Scored,
-    UseAlone,
     interference_of,
     mean_of_spans,
     with_other_copies,
@@ -26,11 +26,11 @@ from benchmarks.grounding.model import Rollouts, TinyVLM
 from benchmarks.grounding.readings import FIRST_FILLER, PATTERNS, VALUES, Readings
 from benchmarks.grounding.runs import follows
 from benchmarks.grounding.study import Setting, app
-from benchmarks.grounding.train import TrainConfig, other_perception, roll_out, train
+from benchmarks.grounding.train import TrainConfig, plan_views, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
 from benchmarks.grounding.world import (
     A_OPEN,
-    FIRST_COLOUR,
+    FIRST_COLOR,
     P_CLOSE,
     P_OPEN,
     ZERO,
@@ -40,7 +40,7 @@ from benchmarks.grounding.world import (
     reward,
     to_words,
 )
-from srpo_core import Role
+from srpo_core import Role, SRPOConfig
 
 WORLD = Readings(relevance="fixed", filler=1)
 GAUGED = WORLD.gauges
@@ -82,17 +82,17 @@ def test_an_image_shows_its_gauges_and_a_question_hints_as_the_split_says(split)
     contrast = {"blind": 0.0, "low_contrast": 0.6}.get(split, 1.0)
     expected = (0.5 + contrast * PATTERNS[problems.readings]).clamp(0, 1) - 0.5
     torch.testing.assert_close(gauges, expected)
-    assert torch.equal(problems.counts, problems.readings.gather(1, problems.colours))
-    assert torch.equal(problems.shortcut, problems.hints.gather(1, problems.colours).sum(1))
+    assert torch.equal(problems.counts, problems.readings.gather(1, problems.colors))
+    assert torch.equal(problems.shortcut, problems.hints.gather(1, problems.colors).sum(1))
     right = (problems.hints == problems.readings).double().mean().item()
     assert right == pytest.approx({"aligned": 1.0, "swapped": 1 / VALUES}.get(split, 0.0), abs=0.04)
 
 
 def test_which_gauges_are_asked_for():
-    assert WORLD.sample(9, "train", seeded()).colours.unique(dim=0).tolist() == [[2, 6]]
+    assert WORLD.sample(9, "train", seeded()).colors.unique(dim=0).tolist() == [[2, 6]]
     problems = Readings().sample(2000, "train", seeded())
-    assert len(problems.colours.unique(dim=0)) == 8 * 7 // 2
-    assert torch.equal(problems.questions[:, [1, 3]], FIRST_COLOUR + problems.colours)
+    assert len(problems.colors.unique(dim=0)) == 8 * 7 // 2
+    assert torch.equal(problems.questions[:, [1, 3]], FIRST_COLOR + problems.colors)
 
 
 @pytest.mark.parametrize("others", ["read", "recited", "words"])
@@ -105,7 +105,7 @@ def test_a_demonstration_without_errors_earns_the_reward(others, relevance):
     assert (reward(responses, problems) == 1).all()
     assert measure(responses, problems)["grounded"] == 1.0
     said = responses[:, 2 : 2 * world.gauges + 1 : 2]
-    asked = torch.zeros_like(said, dtype=torch.bool).scatter(1, problems.colours, value=True)
+    asked = torch.zeros_like(said, dtype=torch.bool).scatter(1, problems.colors, value=True)
     others_said = said[~asked]
     if others == "words":
         assert (others_said >= FIRST_FILLER).all()
@@ -129,8 +129,8 @@ def test_evidence_is_what_was_asked_for_and_all_numbers_after_it(world):
     problems = world.sample(20, "train", seeded())
     responses = world.demonstrate(problems, seeded(), misread=0.0, shortcut=0.0)
     for row, found in enumerate(evidence(responses, problems)):
-        words, asked = to_words(responses[row], world.vocabulary), problems.colours[row].tolist()
-        labels = [world.vocabulary[FIRST_COLOUR + label] for label in asked]
+        words, asked = to_words(responses[row], world.vocabulary), problems.colors[row].tolist()
+        labels = [world.vocabulary[FIRST_COLOR + label] for label in asked]
         close = words.index("</perception>")
         expected = [
             word.isdigit() and (place > close or words[place - 1] in labels) for place, word in enumerate(words)
@@ -202,7 +202,7 @@ def test_scores_of_a_span_are_shared():
 
 def test_what_follows_a_copy_is_scored_after_another_copy(writer, batch):
     chosen, log_probs = with_other_copies(writer, batch)
-    donors = other_perception(batch, "swap").donors.tolist()
+    donors = plan_views(batch, SRPOConfig()).counterfactual.donors.tolist()
     checked = 0
     for row, donor in enumerate(donors):
         words, other = (batch.token_ids[place].tolist() for place in (row, donor))
@@ -244,7 +244,7 @@ def test_an_answer_apart_weighs_one(writer, batch):
 
 
 def test_a_placebo_has_the_same_weights_elsewhere(writer, batch):
-    of = UseAlone()
+    of = RelianceAlone()
     weights, shuffled = of.weights(writer, batch), Placebo(of).weights(writer, batch)
     assert not torch.equal(weights, shuffled)
     assert torch.equal(weights.sort(1).values, shuffled.sort(1).values)
@@ -255,8 +255,8 @@ def test_a_placebo_has_the_same_weights_elsewhere(writer, batch):
 @pytest.mark.parametrize(
     ("arm", "roles"),
     [
-        (UseAlone(), [Role.PERCEPTION]),
-        (UseAlone(spans=True), [Role.PERCEPTION]),
+        (RelianceAlone(), [Role.PERCEPTION]),
+        (RelianceAlone(spans=True), [Role.PERCEPTION]),
         (Oracle(perception_only=True), [Role.PERCEPTION]),
         (Oracle(), [Role.PERCEPTION, Role.REASONING]),
         (Scored(), [Role.PERCEPTION, Role.REASONING]),

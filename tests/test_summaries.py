@@ -1,6 +1,5 @@
 """A streamed summary says what the diagnostics say of the whole batch, however the files are cut."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,11 +9,21 @@ from batches import batches
 from hypothesis import given, settings
 from rollout_files import add_malformed, write_rollouts
 
-from srpo_core import Role, RoleTags, SRPOConfig, group_advantages, role_scales, segment_responses, srpo_advantages
-from srpo_core import summaries as summaries_module
+from srpo_core import CreditOptions, Role, RoleTags, group_advantages, segment_responses, srpo_advantages
 from srpo_core.diagnostics import credit_diagnostics, interference
-from srpo_core.rollouts import RolloutError, RolloutWriter, parse_rollout, read_rollouts
-from srpo_core.summaries import CreditOptions, load, score_rollouts, summarize_files, summarize_rollouts
+from srpo_core.rollouts import (
+    RolloutError,
+    RolloutWriter,
+    ScoringOptions,
+    load,
+    parse_rollout,
+    read_rollouts,
+    score_rollouts,
+    summarize_files,
+    summarize_rollouts,
+)
+from srpo_core.rollouts import summary as summary_module
+from srpo_core.weights import role_scales
 
 
 def write(path, batch, *, broken, correct, donors):
@@ -53,13 +62,14 @@ def test_names_and_values_are_those_of_the_diagnostics(tmp_path_factory, batch):
             batch.log_probs,
         )
     )
-    credit = srpo_advantages(old, corrupted, replaced, batch.roles, batch.advantages, batch.mask)
+    credit = srpo_advantages(
+        old, batch.advantages, batch.roles, batch.mask, corrupted_log_probs=corrupted, counterfactual_log_probs=replaced
+    )
     expected = credit_diagnostics(
         credit.weights,
-        credit.visual_dependency,
-        credit.perception_consistency,
         batch.roles,
         batch.mask,
+        scores=credit.scores,
         broken=broken,
         advantages=batch.advantages,
         correct=correct,
@@ -103,13 +113,14 @@ def test_interference_is_that_of_all_responses_that_have_the_divergences(tmp_pat
             writer.write(tokens, mask, roles=torch.where(mask, int(Role.PERCEPTION), 0), weights=3 * mask.float())
             parts.append([torch.nn.functional.pad(values, (0, 9 - time)) for values in (*columns, roles, mask)])
     whole = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    expected = interference(*whole).item()
+    down, up, weights, roles, mask = whole
+    expected = interference(weights, roles, mask, down_divergence=down, up_divergence=up).item()
     assert 0 < expected < 1
-    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(summary_module, "_CHUNK_BYTES", 1)
     summary = summarize_files([tmp_path / "r.jsonl"])
     assert summary.metrics()["interference"] == pytest.approx(expected, rel=1e-4)
     assert summary.columns["diverged"].sum() == 6
-    recomputed = summarize_files([tmp_path / "r.jsonl"], CreditOptions(recompute=True))
+    recomputed = summarize_files([tmp_path / "r.jsonl"], ScoringOptions(recompute=True))
     assert "interference" not in recomputed.metrics()
 
 
@@ -121,16 +132,17 @@ def test_interference_where_there_is_little_of_it(down, up, weight, expected):
     line |= {"down_divergence": [down], "up_divergence": [up]}
     rollout = parse_rollout(json.dumps(line))
     assert summarize_rollouts(score_rollouts([rollout])).metrics()["interference"] == expected
-    tensors = (torch.tensor([[float(value)]]) for value in (down, up, weight))
-    assert interference(*tensors, torch.tensor([[Role.PERCEPTION]]), torch.tensor([[True]])).item() == expected
+    down, up, weights = (torch.tensor([[float(value)]]) for value in (down, up, weight))
+    roles, mask = torch.tensor([[Role.PERCEPTION]]), torch.tensor([[True]])
+    assert interference(weights, roles, mask, down_divergence=down, up_divergence=up).item() == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 2**20])
-def test_however_the_files_are_cut(tmp_path, monkeypatch, chunk):
+def test_summarize_files_however_they_are_cut(tmp_path, monkeypatch, chunk):
     paths = [write_rollouts(tmp_path / f"{name}.jsonl", steps=steps) for name, steps in (("a", 2), ("b", 1))]
     first, second = add_malformed(paths[1])
     whole = summarize_rollouts(score_rollouts(r for path in paths for r in read_rollouts(path, on_error=lambda _: 0)))
-    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(summary_module, "_CHUNK_BYTES", chunk)
     seen = []
     summary = summarize_files(paths, progress=lambda done, total: seen.append((done, total)))
     assert summary.metrics() == pytest.approx(whole.metrics(), rel=1e-5)
@@ -152,8 +164,8 @@ def test_however_the_files_are_cut(tmp_path, monkeypatch, chunk):
 def test_two_processes_say_the_same(tmp_path, monkeypatch):
     path = write_rollouts(tmp_path / "r.jsonl")
     alone = summarize_files([path])
-    monkeypatch.setattr(summaries_module, "_PARALLEL_BYTES", 0)
-    monkeypatch.setattr(summaries_module, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(summary_module, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(summary_module, "_CHUNK_BYTES", 4000)
     together = summarize_files([path], workers=2)
     assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6)
     assert together.places == alone.places
@@ -181,22 +193,22 @@ def test_roles_are_those_of_the_segmentation(tmp_path):
         assert scored.broken == expected.broken[row]
 
 
-def test_recorded_weights_and_scores_are_shown_unless_asked_to_recompute():
+def test_score_rollouts_keeps_what_is_recorded_unless_asked_to_recompute():
     line = {"tokens": ["a", "b"], "roles": "PP", "broken": "none", "weights": [3, 1], "scores": [1, 9]}
     line |= {"old_log_probs": [-1, -1], "corrupted_log_probs": [-3, -1]}
     (recorded,) = score_rollouts([parse_rollout(json.dumps(line))])
     assert recorded.weights.tolist() == [3, 1]
     assert recorded.scores.tolist() == [1, 5]  # clipped as scores are
-    (computed,) = score_rollouts([parse_rollout(json.dumps(line))], CreditOptions(recompute=True))
+    (computed,) = score_rollouts([parse_rollout(json.dumps(line))], ScoringOptions(recompute=True))
     assert computed.scores.tolist() == [2, 0]
     assert computed.weights[0] > 1 > computed.weights[1]
     del line["old_log_probs"], line["corrupted_log_probs"]
-    (from_scores,) = score_rollouts([parse_rollout(json.dumps(line))], CreditOptions(recompute=True))
+    (from_scores,) = score_rollouts([parse_rollout(json.dumps(line))], ScoringOptions(recompute=True))
     assert from_scores.scores.tolist() == [1, 5]
     assert from_scores.weights[0] < 1 < from_scores.weights[1]
 
 
-def test_text_alone_and_nothing_at_all_are_summarised():
+def test_summarize_rollouts_of_text_alone_and_of_nothing():
     rollouts = [parse_rollout('{"text": "<perception>a"}'), parse_rollout('{"tokens": []}')]
     summary = summarize_rollouts(score_rollouts(rollouts))
     assert summary.metrics()["tokens/effective_fraction"] == 1
@@ -206,13 +218,13 @@ def test_text_alone_and_nothing_at_all_are_summarised():
 
 def test_the_scale_of_the_batch_is_that_of_all_files(tmp_path):
     paths = [write_rollouts(tmp_path / name, steps=1, hostile=False) for name in ("a.jsonl", "b.jsonl")]
-    options = CreditOptions(SRPOConfig(scale="batch_rms", consistency_scale=2.0), recompute=True)
+    options = ScoringOptions(CreditOptions(scale="batch_rms", consistency_scale=2.0), recompute=True)
     used = summarize_files(paths, options).options.config
     rows = [scored for path in paths for scored in score_rollouts(read_rollouts(path))]
     time = max(len(row.scores) for row in rows)
     scores = torch.tensor(np.stack([np.pad(row.scores, (0, time - len(row.scores))) for row in rows]))
     roles = torch.tensor(np.stack([np.pad(row.roles, (0, time - len(row.roles))) for row in rows]))
-    scales, _ = role_scales(scores, scores, roles, torch.ones_like(roles, dtype=torch.bool))
+    scales, _ = role_scales(scores, roles, torch.ones_like(roles, dtype=torch.bool))
     assert used.visual_scale == pytest.approx(scales.visual.item(), rel=1e-5)
     assert used.consistency_scale == pytest.approx(2 * scales.consistency.item(), rel=1e-5)
 
@@ -243,10 +255,23 @@ def test_a_sample_holds_each_kind_and_grows_at_its_end(tmp_path):
 
 
 def test_options_that_a_file_cannot_serve_are_refused():
-    with pytest.raises(ValueError, match="visual_score must be one of 'log_ratio'"):
-        CreditOptions(SRPOConfig(visual_score="jsd"))
-    with pytest.raises(ValueError, match="scale='ema_rms' depends on the order of training"):
-        CreditOptions(SRPOConfig(scale="ema_rms"))
-    rollout = dataclasses.replace(parse_rollout('{"tokens": ["a"]}'), roles=np.array([int(Role.PERCEPTION)]))
+    with pytest.raises(ValueError, match="visual_score='jsd' needs more than a rollout file holds; choose 'log_ratio'"):
+        ScoringOptions(CreditOptions(visual_score="jsd"))
+    with pytest.raises(ValueError, match="scale='ema_rms' needs more than a rollout file holds; choose 'fixed' or"):
+        ScoringOptions(CreditOptions(scale="ema_rms"))
+    with pytest.raises(ValueError, match="answer_role must be one of 'reasoning', 'other', got 'perception'"):
+        ScoringOptions(answer_role="perception")
+    rollout = parse_rollout('{"tokens": ["a"], "roles": "P"}')
     with pytest.raises(ValueError, match="sign='advantage' needs 'advantage' in every line"):
-        list(score_rollouts([rollout], CreditOptions(SRPOConfig(sign="advantage"))))
+        list(score_rollouts([rollout], ScoringOptions(CreditOptions(sign="advantage"))))
+    with pytest.raises(ValueError, match="scale='batch_rms' needs all rollouts at once: use summarize_files"):
+        list(score_rollouts([rollout], ScoringOptions(CreditOptions(scale="batch_rms"))))
+
+
+def test_answers_count_as_the_options_say():
+    rollout = parse_rollout('{"tokens": ["<perception>", "a", "</perception>", "<answer>", "b", "</answer>"]}')
+    roles = {
+        role: next(score_rollouts([rollout], ScoringOptions(answer_role=role))).roles for role in ("reasoning", "other")
+    }
+    assert roles["reasoning"].tolist() == [0, 1, 0, 0, 2, 0]
+    assert roles["other"].tolist() == [0, 1, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What came of the study's runs: paired comparisons, verdicts, tables and learning curves."""
+"""Results of the study's runs: paired comparisons, verdicts, tables and learning curves."""
 
 import json
 import platform
@@ -25,15 +25,15 @@ NUMBERS = {
     "follows": "answers that follow a perception overwritten by hand, at the end",
 }
 THRESHOLD = 0.6  # of the training reward, over ten steps
-# The Okabe-Ito colours, which differ to every kind of colour vision; arms beyond them are left out of the curves.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The Okabe-Ito colors, which differ to every kind of color vision; arms beyond them are left out of the curves.
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 Run = Mapping[str, Any]
 Row = dict[str, Any]
 
 
 def tell(world: str, result: Run) -> dict[str, Any]:
-    """Return the numbers of one run that the tables are made of."""
+    """The numbers of one run that the tables are made of."""
     curve, after = result["curve"], result["rates"]["after"]
     smooth = np.convolve(result["rewards"], np.ones(10) / 10, mode="valid")
     reached = np.flatnonzero(smooth >= THRESHOLD)
@@ -61,7 +61,7 @@ def tell(world: str, result: Run) -> dict[str, Any]:
 
 
 def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
-    """Return the learning rate of the highest primary number, for each world and arm."""
+    """The learning rate of the highest primary number, for each world and arm."""
     means: dict[tuple[str, str], dict[float, float]] = {}
     for run in runs:
         key = run["world"], run["arm"]
@@ -71,7 +71,7 @@ def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
 
 
 def interval(differences: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % interval of a mean by resampling the pairs."""
+    """The 95 % interval of a mean by resampling the pairs."""
     values = np.asarray(differences)
     rows = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
@@ -83,7 +83,7 @@ def placebo_of(arm: str) -> str:
 
 
 def compare(runs: Sequence[Run]) -> list[Row]:
-    """Return a row for each world and arm at its best learning rate, against GRPO and its own placebo at theirs."""
+    """A row for each world and arm at its best learning rate, against GRPO and its own placebo at theirs."""
     best = best_rates(runs)
     by_seed: dict[tuple[str, str], dict[int, Run]] = {key: {} for key in best}
     for run in runs:
@@ -112,13 +112,13 @@ def compare(runs: Sequence[Run]) -> list[Row]:
 
 
 def _mean_of(kind: str, runs: Iterable[Run]) -> float | None:
-    """Return the mean weight of a kind of token at the warm start, where the arm and the world have one."""
+    """The mean weight of a kind of token at the warm start, where the arm and the world have one."""
     weights = [run["weights"].get(kind) for run in runs]
     return None if None in weights else float(np.mean(weights))
 
 
 def verdict(row: Row) -> str:
-    """Return what the plan's rule says of an arm: a gain needs GRPO and the placebo beaten, and the guard held."""
+    """What the plan's rule says of an arm: a gain needs GRPO and the placebo beaten, and the guard held."""
     grpo, placebo = row.get("against grpo"), row.get("against placebo")
     if grpo is None:
         return ""
@@ -136,7 +136,7 @@ def verdict(row: Row) -> str:
 
 
 def table_of(world: str, rows: Sequence[Row]) -> list[list[str]]:
-    """Return the cells of one world's table, best arm first; differences are paired by seed, with 95 % intervals."""
+    """The cells of one world's table, best arm first; differences are paired by seed, with 95 % intervals."""
     cells = [
         ["arm", "rate", PRIMARY, "to GRPO", "to its placebo", "verdict", f"{GUARD} to GRPO",
          *(number for number in NUMBERS if number != PRIMARY), f"steps to {THRESHOLD}", "ms a step",
@@ -160,7 +160,7 @@ def _signed(difference: tuple[float, float, float] | None) -> str:
 
 
 def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], path: Path) -> None:
-    """Write the learning curves of some arms, a panel a world: means over seeds and their 95 % intervals."""
+    """Write the learning curves of some arms, one panel per world: means over seeds and their 95 % intervals."""
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     columns = min(len(worlds), 3)
     lines = -(-len(worlds) // columns)
@@ -168,14 +168,14 @@ def draw_curves(runs: Sequence[Run], rows: Sequence[Row], arms: Sequence[str], p
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, world in zip(panels, worlds, strict=False):
         rates = {row["arm"]: row["learning_rate"] for row in rows if row["world"] == world}
-        for arm, colour in zip(arms, COLOURS, strict=False):
+        for arm, color in zip(arms, COLORS, strict=False):
             if arm not in rates:
                 continue
             mine = [run for run in runs if (run["world"], run["arm"], run["learning_rate"]) == (world, arm, rates[arm])]
             steps, curves = mine[0]["steps"], np.array([run["curve"] for run in mine])
             low, high = np.transpose([interval(point) for point in curves.T])
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(steps, curves.mean(0), color=colour, linewidth=2, label=arm)
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(steps, curves.mean(0), color=color, linewidth=2, label=arm)
         axes.set(title=world, xlabel="step", ylim=(0, 1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -31,10 +31,9 @@ from benchmarks.grounding.report import (
 )
 from benchmarks.grounding.runs import HELD_OUT, Event, Job, Study, load, result_path, run_all
 from benchmarks.grounding.train import METHODS, SRPO, TrainConfig, roll_out
-from srpo_core.commands import heat_text
+from srpo_core.cli.terminal import heat_text
 from srpo_core.report import report_files
-from srpo_core.rollouts import read_rollouts
-from srpo_core.summaries import score_rollouts, summarize_files
+from srpo_core.rollouts import read_rollouts, score_rollouts, summarize_files
 
 
 def main(
@@ -51,7 +50,7 @@ def main(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the results found there.")] = False,
 ) -> None:
-    """Train a tiny VLM with GRPO and SRPO from one warm start a seed, on the reward of the final answer alone."""
+    """Train a tiny VLM with GRPO and SRPO from one warm start per seed, on the reward of the final answer alone."""
     names = [name.strip() for name in methods.split(",")]
     if unknown := [name for name in names if name not in METHODS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(METHODS)}", param_hint="--methods")
@@ -121,7 +120,7 @@ def demonstrate(
     (study.out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw_curves(results, study.out / "learning_curves.png")
     console.print(accuracy_table(summary), thinking_table(summary), sep="\n")
-    weighted = {name: method for name, method in methods.items() if method.strength > 0}
+    weighted = {name: method for name, method in methods.items() if not method.options.changes_nothing}
     for name, method in weighted.items():
         explain_weights(study, name, method, summary, console)
     console.print(
@@ -140,7 +139,7 @@ def explain_weights(study: Study, name: str, method: SRPO, summary: dict[str, An
         weights = summary["mean_weights"][name][time_]
         digits, filler = weights["digits"], weights["filler"]
         console.print(
-            f"{name.upper()} {when}: a perceived digit weighs {digits:.2f}, a filler word {filler:.2f}: "
+            f"{name.upper()} {when}: a perceived digit has weight {digits:.2f}, a filler word {filler:.2f}: "
             f"[bold]{digits / filler:.1f} times[/bold] as much."
         )
     seed = summary["seeds"][0]

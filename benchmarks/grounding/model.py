@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.feedforward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, past: KeyValue | None = None, attend: Tensor | None = None) -> tuple[Tensor, KeyValue]:
-        """Return the new [batch, time, width] and the keys and values so far, ``past`` included."""
+        """The new [batch, time, width] and the keys and values so far, ``past`` included."""
         heads = "batch time (three heads size) -> three batch heads time size"
         query, key, value = rearrange(self.query_key_value(self.attention_norm(x)), heads, three=3, heads=self.heads)
         if past is not None:
@@ -87,7 +87,7 @@ class TinyVLM(nn.Module):
         responses: Int[Tensor, "batch time"],
         attention_mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time vocab"]:
-        """Return the logits that predict each response token; a False in ``attention_mask`` hides it from all."""
+        """The logits that predict each response token; a False in ``attention_mask`` hides it from all."""
         return self.head(
             self.hidden(images, questions, self.embed_words(responses, questions.shape[1]), attention_mask)
         )
@@ -99,7 +99,7 @@ class TinyVLM(nn.Module):
         embeddings: Float[Tensor, "batch time width"],
         attention_mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
-        """Return what the output layer reads to predict each response token, given the tokens' embeddings."""
+        """What the output layer reads to predict each response token, given the tokens' embeddings."""
         x = torch.cat([self.embed_images(images), self.embed_words(questions), embeddings], 1)
         attend = None
         if attention_mask is not None:
@@ -119,7 +119,7 @@ class TinyVLM(nn.Module):
         group_size: int = 1,
         generator: Generator | None = None,
     ) -> Rollouts:
-        """Return ``group_size`` responses to each prompt, side by side in the batch.
+        """``group_size`` responses to each prompt, side by side in the batch.
 
         Without a generator every token is the likeliest one; with one it is drawn at temperature 1.
         """

@@ -1,18 +1,18 @@
 """Published ways of giving tokens credit, on the core's primitives: PAPO, VPPO, PGPO, RLSD and 80/20 entropy tokens.
 
 All but PAPO's penalty are weights: multiply them into the advantages with :func:`~srpo_core.role_advantages`, then call
-:func:`~srpo_core.grpo_loss`. They carry no gradient and need log-probs of real tokens that are not NaN; nothing here
-reads a tensor on the host, so that is not checked.
+:func:`~srpo_core.grpo_loss`. They carry no gradient and need log-probs of real tokens that are not NaN, which is not
+checked, because nothing here reads a tensor on the host.
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from srpo_core import aggregate, kl_penalty
-from srpo_core._masked import at_least_float32, masked_max, masked_mean, masked_min
+from srpo_core import aggregate
 from srpo_core.contrasts import contrast
-from srpo_core.losses import MAX_LOG_RATIO
+from srpo_core.masking import at_least_float32, masked_max, masked_mean, masked_min
+from srpo_core.surrogates import MAX_LOG_RATIO
 from srpo_core.typechecking import typechecked
 
 __all__ = ["entropy_mask", "k3", "papo_penalty", "pgpo_weights", "rlsd_weights", "vppo_weights"]
@@ -24,12 +24,12 @@ _LEAST_SPREAD = 1e-6
 @typechecked
 def k3(
     log_probs: Float[Tensor, "batch time"],
-    corrupted_log_probs: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
+    corrupted_log_probs: Float[Tensor, "batch time"],
     clip: float = 10.0,
 ) -> Float[Tensor, "batch time"]:
-    r"""How much each token owes to the image, in [0, clip] nats, with a gradient to both views; 0 at padding.
+    r"""How much each token depends on the image, in [0, clip] nats, with a gradient to both views; 0 at padding.
 
     .. math:: \min(e^{-\delta_t} + \delta_t - 1,\ c), \qquad
         \delta_t = \log \pi(o_t \mid q, I, o_{<t}) - \log \pi(o_t \mid q, \tilde I, o_{<t})
@@ -39,15 +39,16 @@ def k3(
 
     Args:
         log_probs: Each token under the original image, nats.
-        corrupted_log_probs: The same tokens under the corrupted image, nats.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        corrupted_log_probs: The same tokens under the corrupted image, nats.
         clip: :math:`c`, nats, above 0.
 
     Raises:
         ValueError: If `clip` is out of range.
 
     Example:
-        >>> k3(torch.tensor([[-0.1, -1.0]]), torch.tensor([[-2.1, -9.0]]), torch.tensor([[True, False]]))
+        >>> k3(torch.tensor([[-0.1, -1.0]]), torch.tensor([[True, False]]),
+        ...    corrupted_log_probs=torch.tensor([[-2.1, -9.0]]))
         tensor([[1.1353, 0.0000]])
 
     References:
@@ -57,27 +58,27 @@ def k3(
         raise ValueError(f"clip must be above 0 nats, got {clip}")
     dtype = at_least_float32(torch.promote_types(log_probs.dtype, corrupted_log_probs.dtype))
     log_probs, corrupted_log_probs = log_probs.to(dtype), corrupted_log_probs.to(dtype)
-    # A token that neither view allows owes nothing to either; (-inf) - (-inf) would be NaN.
+    # A token that neither view allows depends on neither; (-inf) - (-inf) would be NaN.
     comparable = mask & ~((log_probs == -torch.inf) & (corrupted_log_probs == -torch.inf))
-    log_ratio = (log_probs - corrupted_log_probs).clamp(-80.0, 80.0)
-    # The penalty detaches its second argument, so the difference of both goes in as the first.
-    return kl_penalty(log_ratio, torch.zeros_like(log_ratio), comparable, estimator="k3").clamp(max=clip)
+    # Not kl_penalty, whose reference has no gradient.
+    log_ratio = torch.where(comparable, corrupted_log_probs - log_probs, 0.0).clamp(-80.0, 80.0)
+    return (torch.expm1(log_ratio) - log_ratio).clamp(max=clip)
 
 
 @typechecked
 def papo_penalty(
     log_probs: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
     corrupted_log_probs: Float[Tensor, "batch time"],
     entropy: Float[Tensor, "batch time"],
     corrupted_entropy: Float[Tensor, "batch time"],
-    mask: Bool[Tensor, "batch time"],
-    *,
     kl_coef: float = 0.01,
     entropy_coef: float = 0.03,
     clip: float = 10.0,
     normalizer: float | Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    r"""PAPO's penalty, to be added to a GRPO loss: it rewards caring about the image and punishes both entropies.
+    r"""PAPO's penalty, to be added to a GRPO loss: it rewards depending on the image and punishes both entropies.
 
     .. math:: \operatorname{mean}_t \bigl(-\gamma\, \text{k3}_t + \eta (H_t + \tilde H_t)\bigr)
 
@@ -91,10 +92,11 @@ def papo_penalty(
 
     Args:
         log_probs: Each token under the original image, nats.
-        corrupted_log_probs: The same tokens under the corrupted image, nats.
-        entropy: Of the next-token distribution under the original image (:func:`~srpo_core.token_entropy`), nats.
-        corrupted_entropy: The same under the corrupted image.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        corrupted_log_probs: The same tokens under the corrupted image, nats.
+        entropy: Of the next-token distribution under the original image
+            (:func:`~srpo_core.log_probs.token_entropy`), nats.
+        corrupted_entropy: The same under the corrupted image.
         kl_coef: :math:`\gamma`, at least 0; published values are 0.01 and 0.02.
         entropy_coef: :math:`\eta` of both views, at least 0.
         clip: Bound of k3, nats, above 0.
@@ -105,8 +107,8 @@ def papo_penalty(
         ValueError: If an option is out of range.
 
     Example:
-        >>> log_probs, corrupted, mask = torch.tensor([[-0.1]]), torch.tensor([[-2.1]]), torch.tensor([[True]])
-        >>> papo_penalty(log_probs, corrupted, torch.tensor([[0.5]]), torch.tensor([[1.0]]), mask)
+        >>> papo_penalty(torch.tensor([[-0.1]]), torch.tensor([[True]]), corrupted_log_probs=torch.tensor([[-2.1]]),
+        ...              entropy=torch.tensor([[0.5]]), corrupted_entropy=torch.tensor([[1.0]]))
         tensor(0.0336)
 
     References:
@@ -115,7 +117,7 @@ def papo_penalty(
     for argument, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
         if not value >= 0.0:
             raise ValueError(f"{argument} must be at least 0, got {value}")
-    dependency = k3(log_probs, corrupted_log_probs, mask, clip=clip)
+    dependency = k3(log_probs, mask, corrupted_log_probs=corrupted_log_probs, clip=clip)
     entropies = entropy.to(dependency.dtype) + corrupted_entropy.to(dependency.dtype)
     return aggregate(entropy_coef * entropies - kl_coef * dependency, mask, normalizer=normalizer)
 
@@ -123,16 +125,16 @@ def papo_penalty(
 @typechecked
 def vppo_weights(
     log_probs: Float[Tensor, "batch time"],
-    corrupted_log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],
     mask: Bool[Tensor, "batch time"],
     *,
+    corrupted_log_probs: Float[Tensor, "batch time"],
     keep: float = 0.4,
     floor: float = 0.9,
     ceiling: float | None = 1.0,
     clip: float = 10.0,
 ) -> Float[Tensor, "batch time"]:
-    r"""VPPO's weights: the tokens of a response that owe most to the image, times a scale of the response; else 0.
+    r"""VPPO's weights: the tokens of a response that depend most on the image, times a scale of the response; else 0.
 
     .. math:: w_{i,t} = \alpha_i\, [t \in \operatorname{top}_{\lceil k |o_i| \rceil} \text{k3}_i], \qquad
         \alpha_i = \beta_0 + (\beta_1 - \beta_0)
@@ -143,19 +145,19 @@ def vppo_weights(
     are over the rows given, and in the released code a response's scale changes with its micro-batch and rank. If all
     means are equal, every scale is 1. Responses without a token have no part in it.
 
-    The normalizer of the loss decides over the tokens left out. ``grpo_loss(..., mask)`` divides by all tokens, as the
-    released code does, and so shrinks the step to about `keep` of GRPO's; ``normalizer=(weights > 0).sum()`` divides
-    by those that learn.
+    The normalizer of the loss decides whether the tokens left out count. ``grpo_loss(..., mask)`` divides by all
+    tokens, as the released code does, and so shrinks the step to about `keep` of GRPO's;
+    ``normalizer=(weights > 0).sum()`` divides by those that learn.
 
     Args:
         log_probs: Each token under the original image, nats, by the trainer's own code path.
-        corrupted_log_probs: The same tokens under the corrupted image, nats.
-        advantages: One per response. Not read, for these weights depend on the image alone.
+        advantages: One per response. Not read, because these weights depend on the image alone.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        corrupted_log_probs: The same tokens under the corrupted image, nats.
         keep: :math:`k`, share of a response's tokens that learn, in (0, 1]; at least one of them does.
-        floor: :math:`\beta_0`, scale of the response that owes least to the image, in (0, 1].
-        ceiling: :math:`\beta_1`, scale of the response that owes most to it, at least `floor`. None: so large that the
-            scales have mean 1 over the responses, as in the released code (which takes it per micro-batch).
+        floor: :math:`\beta_0`, scale of the response that depends least on the image, in (0, 1].
+        ceiling: :math:`\beta_1`, scale of the response that depends most on it, at least `floor`. None: so large that
+            the scales have mean 1 over the responses, as in the released code (which takes it per micro-batch).
         clip: Bound of k3, nats, above 0.
 
     Raises:
@@ -163,7 +165,7 @@ def vppo_weights(
 
     Example:
         >>> clean, corrupted = torch.full((2, 3), -0.1), torch.tensor([[-0.1, -2.1, -0.1], [-0.1, -0.1, -0.1]])
-        >>> vppo_weights(clean, corrupted, torch.zeros(2), torch.ones(2, 3).bool())
+        >>> vppo_weights(clean, torch.zeros(2), torch.ones(2, 3).bool(), corrupted_log_probs=corrupted)
         tensor([[1.0000, 1.0000, 0.0000],
                 [0.9000, 0.9000, 0.0000]])
 
@@ -193,9 +195,9 @@ def vppo_weights(
 @typechecked
 def pgpo_weights(
     log_probs: Float[Tensor, "batch time"],
-    corrupted_log_probs: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
+    corrupted_log_probs: Float[Tensor, "batch time"],
     threshold: float = 0.4,
     boost: float = 2.0,
 ) -> Float[Tensor, "batch time"]:
@@ -206,14 +208,14 @@ def pgpo_weights(
     .. math:: v_t = \begin{cases} I_t / \tau & I_t < \tau \\
         1 + \beta (I_t - \tau) / (1 - \tau) & \text{else} \end{cases}, \qquad w_t = v_t / \operatorname{mean}_t v
 
-    The token that owes least to the image weighs exactly 0, however much it owes. Where all tokens owe the same, and
-    in a response of one token, weights are 1; padding weighs 0. The paper takes the divergence of the full
-    distributions; this takes its estimate from the sampled token, as the other methods here.
+    The token that depends least on the image has weight exactly 0, however much that is. Where all tokens depend on it
+    alike, and in a response of one token, weights are 1; at padding they are 0. The paper takes the divergence of the
+    full distributions; this takes its estimate from the sampled token, as the other methods here do.
 
     Args:
         log_probs: Each token under the original image, nats, by the trainer's own code path.
-        corrupted_log_probs: The same tokens under the corrupted image, nats.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        corrupted_log_probs: The same tokens under the corrupted image, nats.
         threshold: :math:`\tau`, in (0, 1).
         boost: :math:`\beta`, at least 0.
 
@@ -222,7 +224,7 @@ def pgpo_weights(
 
     Example:
         >>> clean, corrupted = torch.full((1, 3), -0.1), torch.tensor([[-0.1, -2.1, -0.1]])
-        >>> pgpo_weights(clean, corrupted, torch.ones(1, 3).bool())
+        >>> pgpo_weights(clean, torch.ones(1, 3).bool(), corrupted_log_probs=corrupted)
         tensor([[0., 3., 0.]])
 
     References:
@@ -248,10 +250,10 @@ def pgpo_weights(
 @typechecked
 def rlsd_weights(
     log_probs: Float[Tensor, "batch time"],
-    teacher_log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],
     mask: Bool[Tensor, "batch time"],
     *,
+    teacher_log_probs: Float[Tensor, "batch time"],
     mix: float = 0.5,
     clip: float = 0.2,
 ) -> Float[Tensor, "batch time"]:
@@ -266,9 +268,9 @@ def rlsd_weights(
 
     Args:
         log_probs: Each token under the student's context, nats.
-        teacher_log_probs: The same tokens under the teacher's, nats.
         advantages: One per response; only the sign is read.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        teacher_log_probs: The same tokens under the teacher's, nats.
         mix: :math:`\lambda`, in [0, 1]; 0 is GRPO. The released runs bring it from 0.5 to 0 over 60 steps.
         clip: :math:`\epsilon`, in [0, 1].
 
@@ -276,8 +278,8 @@ def rlsd_weights(
         ValueError: If an option is out of range.
 
     Example:
-        >>> rlsd_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-0.5, -1.1]]), torch.tensor([-2.0]),
-        ...              torch.tensor([[True, True]]))
+        >>> rlsd_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([-2.0]), torch.tensor([[True, True]]),
+        ...              teacher_log_probs=torch.tensor([[-0.5, -1.1]]))
         tensor([[0.9000, 1.0526]])
 
     References:
@@ -308,7 +310,7 @@ def entropy_mask(
     :func:`vppo_weights`, the loss's normalizer decides whether it is divided by all tokens or by those kept.
 
     Args:
-        entropy: Of each next-token distribution (:func:`~srpo_core.token_entropy`), nats.
+        entropy: Of each next-token distribution (:func:`~srpo_core.log_probs.token_entropy`), nats.
         mask: True at response tokens; elsewhere the entropy may be anything, even NaN.
         keep: :math:`k`, share of the batch's tokens, in (0, 1].
 
@@ -329,7 +331,7 @@ def entropy_mask(
         return torch.zeros_like(mask)
     entropy = torch.where(mask, entropy.detach(), -torch.inf)
     last = _share(mask.sum(), keep) - 1
-    # gather, for an index that is a 0-d tensor would be read on the host.
+    # gather, because an index that is a 0-d tensor would be read on the host.
     threshold = entropy.flatten().sort(descending=True).values.gather(0, last[None])
     return mask & (entropy >= threshold)
 

@@ -1,6 +1,6 @@
 """The readings world: a perception that also states what the question does not ask about.
 
-An image is a row of coloured gauges. The question names two of them, asks for their sum, and hints at a value for
+An image is a row of colored gauges. The question names two of them, asks for their sum, and hints at a value for
 every gauge; hints are mostly wrong. A response reads the gauges one after the other, then adds the two that were asked
 for. The reward of the answer falls on every reading alike, so a right answer also teaches whatever was misread
 elsewhere: here the tokens that do not matter share the circuit of those that do.
@@ -20,7 +20,7 @@ from benchmarks.grounding.world import (
     DIGITS,
     EOS,
     FILLER,
-    FIRST_COLOUR,
+    FIRST_COLOR,
     P_CLOSE,
     P_OPEN,
     T_CLOSE,
@@ -41,7 +41,7 @@ VOCABULARY = ("<pad>", "<eos>", *TAGS, *DIGITS, *NAMES, *HINTS, *GRAMMAR, *FILLE
 ID = {word: index for index, word in enumerate(VOCABULARY)}
 FIRST_HINT, FIRST_FILLER = ID["none"], ID["so"]
 SIDE = 2  # pixels along a side of a gauge
-# What a gauge shows at each value: an arbitrary pattern of twelve numbers around grey.
+# What a gauge shows at each value: an arbitrary pattern of twelve numbers around gray.
 PATTERNS = 0.2 * torch.randn(VALUES, 3, SIDE, SIDE, generator=Generator().manual_seed(3))
 
 Others = Literal["read", "recited", "words"]
@@ -85,7 +85,7 @@ class Readings(World):
         return 13 + 2 * self.gauges + 2 * self.filler
 
     def sample(self, n: int, split: Split, generator: Generator) -> Problems:
-        """Return ``n`` problems of a split, or of the training mixture for ``"train"``."""
+        """``n`` problems of a split, or of the training mixture for ``"train"``."""
         values = torch.randint(0, VALUES, (n, self.gauges), generator=generator)
         wrong = (values + torch.randint(1, VALUES, (n, self.gauges), generator=generator)) % VALUES
         right_share = {"train": self.shortcut_right, "aligned": 1.0, "swapped": 1.0}.get(split, 0.0)
@@ -96,8 +96,8 @@ class Readings(World):
         if self.relevance == "fixed":
             asked = torch.tensor([2, 6]).expand(n, 2)
         contrast = {"blind": 0.0, "low_contrast": 0.6}.get(split, 1.0)
-        question = torch.cat([_words(n, "add"), FIRST_COLOUR + asked[:, :1], _words(n, "and"),
-                              FIRST_COLOUR + asked[:, 1:], FIRST_HINT + hints, _words(n, "?")], 1)  # fmt: skip
+        question = torch.cat([_words(n, "add"), FIRST_COLOR + asked[:, :1], _words(n, "and"),
+                              FIRST_COLOR + asked[:, 1:], FIRST_HINT + hints, _words(n, "?")], 1)  # fmt: skip
         return Problems(
             self._render(values, contrast, generator),
             question,
@@ -118,7 +118,7 @@ class Readings(World):
     def demonstrate(
         self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
     ) -> Int[Tensor, "batch time"]:
-        """Return one response per problem, as an imperfect teacher writes it.
+        """One response per problem, as an imperfect teacher writes it.
 
         Args:
             problems: What is asked.
@@ -134,7 +134,7 @@ class Readings(World):
         step = torch.where(chance(0.5), 1, -1)
         stated = torch.where(chance(misread), (problems.readings + step).clamp(0, VALUES - 1), problems.readings)
         stated = torch.where(chance(shortcut), problems.hints, stated)
-        asked = torch.zeros(shape, dtype=torch.bool).scatter(1, problems.colours, value=True)
+        asked = torch.zeros(shape, dtype=torch.bool).scatter(1, problems.colors, value=True)
         if self.others == "recited":
             # Half of them garbled: a token that is certain has no gradient to interfere with.
             garbled = (problems.hints + step).clamp(0, VALUES - 1)
@@ -145,8 +145,8 @@ class Readings(World):
             said = torch.where(asked, said, stray)
 
         n = len(stated)
-        labels = FIRST_COLOUR + torch.arange(self.gauges).expand(n, self.gauges)
-        counts = stated.gather(1, problems.colours)
+        labels = FIRST_COLOR + torch.arange(self.gauges).expand(n, self.gauges)
+        counts = stated.gather(1, problems.colors)
         one, two = (ZERO + counts).split(1, 1)
         result = ZERO + counts.sum(1, keepdim=True)
 

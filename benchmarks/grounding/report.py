@@ -1,4 +1,4 @@
-"""What came of the runs: summary, tables, learning curves, and rollouts for the ``srpo`` command to show."""
+"""Results of the demo's runs: summary, tables, learning curves, and rollouts for the ``srpo`` command to show."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,16 @@ from benchmarks.grounding.arms import virtual_step
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.train import SRPO, Batch
 from benchmarks.grounding.world import EOS, SPLITS, read, reward, to_words
+from srpo_core.batch import record
 from srpo_core.rollouts import RolloutWriter
 
-COLOURS = {"grpo": "#4b5563", "srpo": "#c2410c"}
+COLORS = {"grpo": "#4b5563", "srpo": "#c2410c"}
 # Conflict accuracy over five seeds in the pilot: a sister of this world, 100 steps at a learning rate of 3e-4.
 PILOT_BEFORE, PILOT = "≈ 0.25", {"grpo": "0.588 ± 0.024", "srpo": "0.588 ± 0.032"}
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the answer accuracies by method and split, and beside them every exact rate and the mean weights."""
+    """The answer accuracies by method and split, and beside them every exact rate and the mean weights."""
     summary: dict[str, Any] = {"methods": {}, "rates": {}, "mean_weights": {}}
     for method in dict.fromkeys(result["method"] for result in results):
         runs = [result for result in results if result["method"] == method]
@@ -50,7 +51,7 @@ def accuracy_table(summary: Mapping[str, Any]) -> Table:
     """Answer accuracy on each split, before and after, and the paired difference of SRPO to GRPO."""
     methods = summary["methods"]
     seeds = len(summary["seeds"])
-    table = Table(title=f"Answer accuracy, mean of {seeds} seeds ± standard error", title_justify="left")
+    table = Table(title=f"Answer accuracy, mean of {many_seeds(seeds)} ± standard error", title_justify="left")
     table.add_column("split")
     table.add_column("before", justify="right")
     for method in methods:
@@ -98,6 +99,10 @@ def thinking_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def many_seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
+
+
 def with_error(values: Sequence[float], sign: str = "") -> str:
     error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.3f}{error}"
@@ -114,12 +119,14 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 for result in results
                 if result["method"] == method
             ]
-            colour = COLOURS.get(method)
+            color = COLORS.get(method)
             for curve in curves:
-                axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.25, linewidth=1)
+                axes.plot(*zip(*curve, strict=True), color=color, alpha=0.25, linewidth=1)
             steps = [step for step, _ in curves[0]]
             means = [mean(value for _, value in points) for points in zip(*curves, strict=True)]
-            axes.plot(steps, means, color=colour, linewidth=2.5, label=f"{method.upper()}, mean of {len(curves)} seeds")
+            label = f"{method.upper()}, mean of {many_seeds(len(curves))}"
+            marker = "o" if len(steps) == 1 else None  # a line through one point is not seen
+            axes.plot(steps, means, color=color, linewidth=2.5, marker=marker, label=label)
         axes.set(title=title, xlabel="step", ylim=(0, 1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -132,10 +139,9 @@ def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> li
 
     Specimens are a right, a lucky and a wrong response, as far as there are any; only they have an id.
     """
-    corrupted, replaced = method.look_again(model, batch)
-    credit = method.credit(batch, corrupted, replaced)
-    down, up = (virtual_step(model, batch, tokens) for tokens in (credit.weights < 1, credit.weights > 1))
-    problems, reading = batch.problems, read(batch.token_ids, batch.problems.colours)
+    credited = method.credit_of(model, batch)
+    down, up = (virtual_step(model, batch, tokens) for tokens in (credited.weights < 1, credited.weights > 1))
+    problems, reading = batch.problems, read(batch.token_ids, batch.problems.colors)
     right = reading.answer == problems.answers
     seen = (reading.counts == problems.counts).all(1)
     kinds = {
@@ -143,32 +149,23 @@ def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> li
         "lucky: wrong perception, right answer": right & ~seen & (reading.counts >= 0).all(1),
         "wrong": ~right & reading.well_formed,
     }
-    specimens = {kind: found.nonzero()[0, 0].item() for kind, found in kinds.items() if found.any()}
+    specimens = {kind: int(found.nonzero()[0, 0]) for kind, found in kinds.items() if found.any()}
     others = [row for row in range(len(batch.token_ids)) if row not in specimens.values()]
 
     with RolloutWriter(path) as writer:
         for part, ids in ((list(specimens.values()), list(specimens)), (others, None)):
             rows = torch.tensor(part, dtype=torch.long, device=model.device)
             shown, token_ids, mask = problems.rows(rows), batch.token_ids[rows], batch.mask[rows]
+            written = record(batch.rollout, credited, advantages=batch.advantages, rows=part)
+            written["tokens"] = [spell(to_words(row[real])) for row, real in zip(token_ids, mask, strict=True)]
             sums = zip(shown.counts.tolist(), shown.answers.tolist(), strict=True)
             writer.write(
-                [spell(to_words(row[real])) for row, real in zip(token_ids, mask, strict=True)],
-                mask,
-                old_log_probs=batch.old_log_probs[rows],
-                corrupted_log_probs=None if corrupted is None else corrupted[rows],
-                counterfactual_log_probs=None if replaced is None else replaced[rows],
-                roles=batch.segmentation.roles[rows],
-                broken=batch.segmentation.broken[rows],
-                visual_dependency=credit.visual_dependency[rows],
-                perception_consistency=credit.perception_consistency[rows],
-                weights=credit.weights[rows],
+                **written,
                 down_divergence=down[rows],
                 up_divergence=up[rows],
                 rewards=reward(token_ids, shown),
-                advantages=batch.advantages[rows],
                 correct=right[rows],
                 perception_correct=seen[rows],
-                group_ids=batch.group_ids[rows],
                 finished=(token_ids == EOS).any(1),
                 prompts=[" ".join(to_words(question)) for question in shown.questions],
                 references=[f"{one} + {two} = {answer}" for (one, two), answer in sums],
@@ -179,5 +176,5 @@ def write_rollouts(model: TinyVLM, method: SRPO, batch: Batch, path: Path) -> li
 
 
 def spell(words: list[str]) -> list[str]:
-    """Return the tokens of a text; a tag's has no space, which would be content of the block beside it."""
+    """The tokens of a text; a tag's has no space, which would be content of the block beside it."""
     return [word if word.startswith("<") else f" {word}" for word in words]

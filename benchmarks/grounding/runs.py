@@ -1,4 +1,4 @@
-"""Warm starts and training runs, one process a core. Each leaves a result that a later call finds again."""
+"""Warm starts and training runs, one process per core. Each leaves a result that a later call finds again."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from benchmarks.grounding.arms import Oracle, Weighted, interference_of
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.train import SRPO, Batch, Method, TrainConfig, roll_out, train
 from benchmarks.grounding.warm_start import WarmStartConfig, evaluate, new_model, warm_start
-from benchmarks.grounding.world import FIRST_COLOUR, MAX_COUNT, P_CLOSE, ZERO, PriorClash, Split, World, evidence, read
+from benchmarks.grounding.world import FIRST_COLOR, MAX_COUNT, P_CLOSE, ZERO, PriorClash, Split, World, evidence, read
 from srpo_core import Role
 
 HELD_OUT = 1_000_000  # seeds from here on are for evaluation: training seeds are small
@@ -59,13 +59,13 @@ class Job:
 def run_all(
     study: Study, methods: Mapping[str, Method], seeds: Sequence[int], *, workers: int = 1, on_event: Listener
 ) -> list[dict[str, Any]]:
-    """Return the result of every method from every seed's warm start, as :func:`run` gives it."""
+    """The result of every method from every seed's warm start, as :func:`run` gives it."""
     jobs = [Job(study, name, method, seed) for seed in seeds for name, method in methods.items()]
     return run_jobs(jobs, workers=workers, on_event=on_event)
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int = 1, on_event: Listener) -> list[dict[str, Any]]:
-    """Return the result of every job, in their order, as :func:`run` gives it.
+    """The result of every job, in their order, as :func:`run` gives it.
 
     With several workers, methods must be picklable: instances of a dataclass such as
     :class:`~benchmarks.grounding.train.SRPO`, or functions of a module.
@@ -101,7 +101,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, on_event: Listener) -> li
 
 
 def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
-    """Return how the warm start of a seed fares on each split; its weights are in the file of :func:`load`."""
+    """The rates of a seed's warm start on each split; its weights are in the file of :func:`load`."""
     path = study.out / "warm_start" / f"seed{seed}.json"
     identity = study.identity(seed)
     del identity["train"]  # any training may start from it
@@ -128,7 +128,7 @@ def prepare(study: Study, seed: int, on_event: Listener) -> dict[str, Any]:
 
 
 def run(job: Job, on_event: Listener) -> dict[str, Any]:
-    """Return the rates of each split before and after training, the learning curve, mean weights and CPU seconds."""
+    """The rates of each split before and after training, the learning curve, mean weights and CPU seconds."""
     study, name, method, seed = job.study, job.name, job.method, job.seed
     path = result_path(job)
     identity = study.identity(seed, method)
@@ -187,7 +187,7 @@ def result_path(job: Job) -> Path:
 
 
 def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
-    """Return the exact rates on the training mixture and on each split, on the same problems for every model."""
+    """The exact rates on the training mixture and on each split, on the same problems for every model."""
     splits: tuple[Split, ...] = ("train", *study.world.splits)
     size = study.evaluation_size
     rates = {split: evaluate(model, study.world, split, n=size, seed=HELD_OUT) for split in splits}
@@ -196,14 +196,14 @@ def rates(study: Study, model: TinyVLM) -> dict[str, dict[str, float]]:
 
 
 def follows(model: TinyVLM, world: World, *, n: int, seed: int) -> float:
-    """Return the share of conflicts whose answer is the sum of the two counts that a hand wrote into the perception.
+    """The share of conflicts whose answer is the sum of the two counts that a hand wrote into the perception.
 
     A causal probe: the model continues from its own perception, in which other counts stand for those asked for.
     """
     generator = Generator().manual_seed(seed)
     problems = world.sample(n, "conflict", generator).to(model.device)
     token_ids = model.generate(problems.images, problems.questions, max_tokens=world.response_length + 2).token_ids
-    stated = read(token_ids, problems.colours).counts
+    stated = read(token_ids, problems.colors).counts
     close = (token_ids == P_CLOSE).int().argmax(1)
     # One length for all: responses that perceive at greater or less length than most are left out, as are bad ones.
     rows = ((close == close.mode().values) & (close > 0) & (stated >= 0).all(1)).nonzero()[:, 0]
@@ -212,17 +212,17 @@ def follows(model: TinyVLM, world: World, *, n: int, seed: int) -> float:
     problems, token_ids, stated = problems.rows(rows), token_ids[rows, : close[rows[0]] + 1], stated[rows]
     shift = torch.randint(1, MAX_COUNT + 1, stated.shape, generator=generator).to(model.device)
     written = (stated + shift) % (MAX_COUNT + 1)
-    for place, label in enumerate(problems.colours.unbind(1)):
-        at = (token_ids == FIRST_COLOUR + label[:, None]).int().argmax(1, keepdim=True) + 1
+    for place, label in enumerate(problems.colors.unbind(1)):
+        at = (token_ids == FIRST_COLOR + label[:, None]).int().argmax(1, keepdim=True) + 1
         token_ids = token_ids.scatter(1, at, ZERO + written[:, place : place + 1])
     prompts = torch.cat([problems.questions, token_ids], 1)
     rest = model.generate(problems.images, prompts, max_tokens=world.response_length + 2 - token_ids.shape[1])
-    answers = read(torch.cat([token_ids, rest.token_ids], 1), problems.colours).answer
+    answers = read(torch.cat([token_ids, rest.token_ids], 1), problems.colors).answer
     return (answers == written.sum(1)).double().mean().item()
 
 
 def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, float]:
-    """Return a method's mean weight on each kind of token, over fresh live groups."""
+    """A method's mean weight on each kind of token, over fresh live groups."""
     if not isinstance(method, SRPO | Weighted):  # its credit is not a weight
         return {}
     batch = fresh_batch(study, model)
@@ -240,7 +240,7 @@ def mean_weights(study: Study, model: TinyVLM, method: Method) -> dict[str, floa
 
 
 def fresh_batch(study: Study, model: TinyVLM) -> Batch:
-    """Return live groups of many prompts, the same for every model."""
+    """Live groups of many prompts, the same for every model."""
     config = dataclasses.replace(study.train, prompts=4 * study.train.prompts)
     return roll_out(model, study.world, config, Generator().manual_seed(HELD_OUT), step=0)[0]
 

@@ -132,7 +132,7 @@ def study_of(setting: Setting, out: Path, learning_rate: float, evaluation_size:
 def run_settings(
     settings: Sequence[tuple[str, str, float]], seeds: Sequence[int], *, evaluation_size: int, out: Path, workers: int
 ) -> list[dict[str, Any]]:
-    """Return what is to be told of each run of (world, arm, learning rate) and seed."""
+    """What is to be told of each run of (world, arm, learning rate) and seed."""
     jobs = [
         Job(study_of(WORLDS[world], out / world.replace(", ", "-"), rate, evaluation_size), arm, ARMS[arm], seed)
         for world, arm, rate in settings

@@ -1,9 +1,8 @@
-"""A trainer of your own with SRPO in it: `train` is an ordinary GRPO loop, `SRPO` is what is added to one."""
+"""A trainer that you can read: `train` is an ordinary GRPO loop, and `SRPO` is what is added to one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,25 +11,27 @@ from torch import Generator, Tensor, nn
 from benchmarks.grounding.model import TinyVLM
 from benchmarks.grounding.world import EOS, PAD, TAG_IDS, Problems, World, read, reward
 from srpo_core import (
-    CounterfactualResponses,
+    Credit,
     LossOutput,
-    RoleAdvantages,
+    OutputLayer,
+    RolloutBatch,
     Segmentation,
+    SRPOConfig,
     corrupt_images,
-    counterfactual_responses,
-    fused_linear_srpo_loss,
+    credit,
+    fused_linear_grpo_loss,
     group_advantages,
+    grpo_loss,
+    plan,
     segment_roles,
     srpo_advantages,
-    srpo_loss,
     token_log_probs,
 )
-from srpo_core.corruption import CorruptionKind
-from srpo_core.counterfactuals import CounterfactualKind
+from srpo_core.batch import Plan, View
 
 
 class Batch(NamedTuple):
-    """One step's responses, a row each, and what the trainer knows about them."""
+    """The responses of one step, one per row, and what the trainer knows about them."""
 
     problems: Problems
     other_images: Float[Tensor, "batch 3 height width"]  # of the next prompt
@@ -43,6 +44,11 @@ class Batch(NamedTuple):
     normalizer: Float[Tensor, ""]  # tokens of an update
     step: int
 
+    @property
+    def rollout(self) -> RolloutBatch:
+        """What the core has to know of them."""
+        return RolloutBatch(self.token_ids, self.mask, self.segmentation, self.group_ids)
+
 
 # Looks at a batch once and returns the loss of some of its rows, under the model as it is at that moment.
 Method = Callable[[TinyVLM, Batch], Callable[[Tensor], LossOutput]]
@@ -50,7 +56,7 @@ Method = Callable[[TinyVLM, Batch], Callable[[Tensor], LossOutput]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A step samples ``prompts * group_size`` responses and makes ``updates`` optimiser steps of them."""
+    """A step samples ``prompts * group_size`` responses and makes ``updates`` optimizer steps of them."""
 
     steps: int = 120
     learning_rate: float = 2e-4
@@ -89,10 +95,10 @@ def train(
 def roll_out(
     model: TinyVLM, world: World, config: TrainConfig, generator: Generator, step: int
 ) -> tuple[Batch, dict[str, float]]:
-    """Return one step's responses with their advantages, and their metrics.
+    """The responses of one step with their advantages, and their metrics.
 
     Groups whose answers are all right or all wrong have no advantage and are left out: that saves their passes and
-    leaves the gradient as it was, since the normalizer still counts them.
+    leaves the gradient as it was, because the normalizer still counts them.
     """
     problems = world.sample(config.prompts, "train", generator).to(model.device)
     rollouts = model.generate(
@@ -126,131 +132,126 @@ def roll_out(
 
 @dataclass(frozen=True)
 class SRPO:
-    """SRPO as a method; ``strength`` 0 is GRPO, and then takes no extra look.
+    """SRPO as a method: the views are scored and credit is given once per batch, then the loss is GRPO's.
 
     Attributes:
-        strength: How far the weights may move from 1.
-        corruption: What becomes of the image (:func:`~srpo_core.corrupt_images`).
-        corruption_strength: How much of it; None: the kind's default.
-        counterfactual: What becomes of the perception (:func:`~srpo_core.counterfactual_responses`).
-        options: Further options of the weights (:func:`~srpo_core.srpo_advantages`).
-        fused: Take the loss straight from the hidden states (:func:`~srpo_core.fused_linear_srpo_loss`).
+        options: Of the views, the weights and the loss. At ``strength`` 0 this is GRPO and scores no view. Tags and
+            group options are not read, because :func:`roll_out` has made roles and advantages already.
+        fused: Whether the loss is taken straight from the hidden states.
     """
 
-    strength: float = 1.0
-    corruption: CorruptionKind = "patch_mask"
-    corruption_strength: float | None = None
-    counterfactual: CounterfactualKind = "swap"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: SRPOConfig = field(default_factory=SRPOConfig)
     fused: bool = False
 
+    def __post_init__(self) -> None:
+        if self.options.scale == "ema_rms":
+            raise ValueError("scale='ema_rms' has a state from batch to batch, which this method does not keep")
+
     def __call__(self, model: TinyVLM, batch: Batch) -> Callable[[Tensor], LossOutput]:
-        corrupted, replaced = self.look_again(model, batch)
+        credited = self.credit_of(model, batch)
 
         def loss_of(rows: Tensor) -> LossOutput:
+            advantages, mask = credited.advantages[rows], batch.mask[rows]
+            old_log_probs, normalizer = batch.old_log_probs[rows], batch.normalizer
             if self.fused:
-                problems, token_ids = batch.problems.rows(rows), batch.token_ids[rows]
-                embeddings = model.embed_words(token_ids, problems.questions.shape[1])
-                hidden = model.hidden(problems.images, problems.questions, embeddings)
-                loss = partial(fused_linear_srpo_loss, hidden, model.head.weight, token_ids, bias=model.head.bias)
+                hidden, output = last_hidden(model, batch, rows), OutputLayer(model.head.weight, bias=model.head.bias)
+                loss, metrics = fused_linear_grpo_loss(
+                    hidden, output, batch.token_ids[rows], advantages, mask, self.options,
+                    old_log_probs=old_log_probs, normalizer=normalizer,
+                )  # fmt: skip
             else:
-                loss = partial(srpo_loss, new_log_probs(model, batch, rows))
-            return loss(
-                batch.old_log_probs[rows],
-                None if corrupted is None else corrupted[rows],
-                None if replaced is None else replaced[rows],
-                batch.segmentation.roles[rows],
-                batch.advantages[rows],
-                batch.mask[rows],
-                strength=self.strength,
-                normalizer=batch.normalizer,
-                **self.options,
-            )
+                log_probs = new_log_probs(model, batch, rows)
+                loss, metrics = grpo_loss(
+                    log_probs, advantages, mask, self.options, old_log_probs=old_log_probs, normalizer=normalizer
+                )
+            return LossOutput(loss, metrics | credited.metrics)
 
         return loss_of
 
-    def look_again(self, model: TinyVLM, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Return the log-probs under the corrupted image, and those after the other perception; GRPO needs neither."""
-        if self.strength == 0.0:
-            return None, None
-        corrupted = with_corrupted_image(model, batch, self.corruption, self.corruption_strength)
-        return corrupted, with_other_perception(model, batch, self.counterfactual)
+    def credit_of(self, model: TinyVLM, batch: Batch) -> Credit:
+        """The token advantages that training on this batch uses, with their weights."""
+        if self.options.changes_nothing:  # GRPO needs no other view
+            roles, broken, _ = batch.segmentation
+            return srpo_advantages(
+                batch.old_log_probs, batch.advantages, roles, batch.mask, self.options, broken=broken
+            )
+        planned = plan_views(batch, self.options)
+        return credit(
+            batch.rollout,
+            planned,
+            {view.name: score(model, batch, view, self.options) for view in planned.views},
+            self.options,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages,
+            step=batch.step,
+        )
 
     def weights(self, model: TinyVLM, batch: Batch) -> Float[Tensor, "batch time"]:
-        return self.credit(batch, *self.look_again(model, batch)).weights
+        """The weight of each token."""
+        return self.credit_of(model, batch).weights
 
-    def credit(self, batch: Batch, corrupted: Tensor | None, replaced: Tensor | None) -> RoleAdvantages:
-        """Return the weights that training on this batch would use, from what :meth:`look_again` saw."""
-        return srpo_advantages(
-            batch.old_log_probs,
-            corrupted,
-            replaced,
-            batch.segmentation.roles,
-            batch.advantages,
-            batch.mask,
-            strength=self.strength,
-            **self.options,
-        )
+
+def plan_views(batch: Batch, options: SRPOConfig) -> Plan:
+    """The views of a batch that have to be scored."""
+    # Filler makes every perception different; another one has to state other numbers.
+    counts = read(batch.token_ids, batch.problems.colors).counts
+    return plan(
+        batch.rollout,
+        options,
+        has_images=True,
+        pad_token_id=PAD,
+        perception_keys=counts[:, 0] * 100 + counts[:, 1],
+    )
 
 
 @torch.no_grad()
-def with_corrupted_image(
-    model: TinyVLM, batch: Batch, kind: CorruptionKind = "patch_mask", strength: float | None = None
-) -> Float[Tensor, "batch time"]:
-    """Return the log-prob of each response token, in nats, had the image been corrupted."""
-    images = corrupted_images(model, batch, kind, strength)
-    return log_probs_of(model, replace(batch.problems, images=images), batch.token_ids)
+def score(model: TinyVLM, batch: Batch, view: View, options: SRPOConfig) -> Float[Tensor, "batch new_time"]:
+    """The log-prob, in nats, of each token of a view."""
+    problems, token_ids, attention_mask = batch.problems, batch.token_ids, None
+    if view.image == "corrupted":
+        problems = replace(problems, images=corrupted_images(model, batch, options))
+    if view.responses is not None:
+        token_ids = view.responses.token_ids
+        if options.counterfactual == "mask":  # else causality alone hides the padding
+            attention_mask = view.responses.attention_mask
+    return log_probs_of(model, problems, token_ids, attention_mask)
 
 
-def corrupted_images(
-    model: TinyVLM, batch: Batch, kind: CorruptionKind = "patch_mask", strength: float | None = None
-) -> Float[Tensor, "batch 3 height width"]:
-    if kind == "other_image":  # also where a single group is live
+def corrupted_images(model: TinyVLM, batch: Batch, options: SRPOConfig) -> Float[Tensor, "batch 3 height width"]:
+    """The images with less to see in them, the same for all responses to a prompt."""
+    if options.corruption == "other_image":  # also where a single group is live
         return batch.other_images
     return corrupt_images(
         batch.problems.images,
         prompt_ids=batch.group_ids,
-        kind=kind,
-        strength=strength,
+        kind=options.corruption,
+        amount=options.corruption_amount,
         patch_size=model.patch,
+        seed=options.seed,
         step=batch.step,
     )
 
 
-@torch.no_grad()
-def with_other_perception(
-    model: TinyVLM, batch: Batch, kind: CounterfactualKind = "swap"
-) -> Float[Tensor, "batch time"]:
-    """Return the log-prob of each response token, in nats, had the model perceived something else."""
-    other = other_perception(batch, kind)
-    visible = other.attention_mask if kind == "mask" else None  # else causality alone hides the padding
-    logits = model(batch.problems.images, batch.problems.questions, other.token_ids, visible)
-    return other.carry_back(token_log_probs(logits, other.token_ids), batch.old_log_probs)
-
-
-def other_perception(batch: Batch, kind: CounterfactualKind) -> CounterfactualResponses:
-    # Filler makes every perception different; another one has to state other numbers.
-    counts = read(batch.token_ids, batch.problems.colours).counts
-    return counterfactual_responses(
-        batch.token_ids,
-        batch.segmentation.roles,
-        batch.mask,
-        kind=kind,
-        group_ids=batch.group_ids,
-        perception_keys=counts[:, 0] * 100 + counts[:, 1],
-        boundary=batch.segmentation.boundary,
-        pad_token_id=PAD,
-    )
-
-
 def new_log_probs(model: TinyVLM, batch: Batch, rows: Tensor) -> Float[Tensor, "rows time"]:
-    """Return the log-prob of each token of some responses under the model as it is now, in nats."""
+    """The log-prob, in nats, of each token of some responses under the model as it is now."""
     return log_probs_of(model, batch.problems.rows(rows), batch.token_ids[rows])
 
 
-def log_probs_of(model: TinyVLM, problems: Problems, token_ids: Tensor) -> Float[Tensor, "batch time"]:
-    """Return the log-prob of each response token, in nats."""
-    return token_log_probs(model(problems.images, problems.questions, token_ids), token_ids)
+def last_hidden(model: TinyVLM, batch: Batch, rows: Tensor) -> Float[Tensor, "rows time width"]:
+    """The hidden states from which the output layer makes those log-probs."""
+    problems = batch.problems.rows(rows)
+    embeddings = model.embed_words(batch.token_ids[rows], problems.questions.shape[1])
+    return model.hidden(problems.images, problems.questions, embeddings)
 
 
-METHODS: dict[str, SRPO] = {"grpo": SRPO(strength=0.0), "srpo": SRPO()}
+def log_probs_of(
+    model: TinyVLM,
+    problems: Problems,
+    token_ids: Int[Tensor, "batch time"],
+    attention_mask: Bool[Tensor, "batch time"] | None = None,
+) -> Float[Tensor, "batch time"]:
+    """The log-prob, in nats, of each response token."""
+    return token_log_probs(model(problems.images, problems.questions, token_ids, attention_mask), token_ids)
+
+
+METHODS: dict[str, SRPO] = {"grpo": SRPO(SRPOConfig(strength=0.0)), "srpo": SRPO()}

@@ -34,7 +34,7 @@ def warm_start(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, float], None] | None = None,
 ) -> TinyVLM:
-    """Return a model that writes well-formed responses, reads part of the counts and follows the shortcut too often."""
+    """A model that writes well-formed responses, reads part of the counts and follows the shortcut too often."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     model = new_model(world).to(device)
@@ -78,7 +78,7 @@ def new_model(world: World) -> TinyVLM:
 
 
 def evaluate(model: TinyVLM, world: World, split: Split, *, n: int, seed: int) -> dict[str, float]:
-    """Return the exact rates (:func:`~benchmarks.grounding.world.measure`) of the model's likeliest responses."""
+    """The exact rates (:func:`~benchmarks.grounding.world.measure`) of the model's likeliest responses."""
     problems = world.sample(n, split, Generator().manual_seed(seed)).to(model.device)
     rollouts = model.generate(problems.images, problems.questions, max_tokens=world.response_length + 2)
     return measure(rollouts.token_ids, problems)

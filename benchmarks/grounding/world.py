@@ -1,6 +1,6 @@
 """The prior-clash world: images to count in, questions whose wording suggests an answer, and exact metrics.
 
-An image is a 4x4 grid of coloured shapes under pixel noise. The question "count red and blue in park ?" asks for a sum
+An image is a 4x4 grid of colored shapes under pixel noise. The question "count red and blue in park ?" asks for a sum
 of two counts, and its place suggests one: to the teacher of the warm start park stands for 0, kitchen for 1, and that
 number is often right. An answer can come from the image or from this shortcut; because everything is generated, which
 of the two it was is known without a judge.
@@ -14,11 +14,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from srpo_core import RoleTagIds
+from srpo_core.tags import RoleTagIds
 
 TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
 DIGITS = tuple("0123456789")
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 PLACES = ("park", "kitchen", "garage", "beach", "forest", "office", "school", "market", "museum")  # place k suggests k
 NEUTRAL_PLACE = "picture"  # suggests nothing
 FILLER = (
@@ -38,17 +38,17 @@ FILLER = (
     "maybe",
 )
 GRAMMAR = ("count", "and", "in", "?", "plus", "is")
-VOCABULARY = ("<pad>", "<eos>", *TAGS, *DIGITS, *COLOURS, *PLACES, NEUTRAL_PLACE, *GRAMMAR, *FILLER)
+VOCABULARY = ("<pad>", "<eos>", *TAGS, *DIGITS, *COLORS, *PLACES, NEUTRAL_PLACE, *GRAMMAR, *FILLER)
 ID = {word: index for index, word in enumerate(VOCABULARY)}
 PAD, EOS = ID["<pad>"], ID["<eos>"]
 TAG_IDS = RoleTagIds(*(ID[tag] for tag in TAGS))
 P_OPEN, P_CLOSE, T_OPEN, T_CLOSE, A_OPEN, A_CLOSE = TAG_IDS
-ZERO, FIRST_COLOUR, FIRST_PLACE, FIRST_FILLER = ID["0"], ID["red"], ID["park"], ID["so"]
+ZERO, FIRST_COLOR, FIRST_PLACE, FIRST_FILLER = ID["0"], ID["red"], ID["park"], ID["so"]
 
 GRID, PATCH = 4, 8  # cells along a side, pixels along a side of a cell; a cell is one patch of the model
 CELLS = GRID * GRID
-MAX_COUNT = 4  # of each colour asked for, so that every sum is the number of a place
-BACKGROUND = 0.5  # grey, so that a patch masked with black does not look like a cell with nothing in it
+MAX_COUNT = 4  # of each color asked for, so that every sum is the number of a place
+BACKGROUND = 0.5  # gray, so that a patch masked with black does not look like a cell with nothing in it
 RGB = torch.tensor([[0.90, 0.15, 0.15], [0.15, 0.80, 0.20], [0.20, 0.30, 0.95], [0.90, 0.85, 0.15]])
 
 # "train" is the mixture that is trained on; the others are for evaluation.
@@ -70,8 +70,8 @@ class Problems:
 
     images: Float[Tensor, "batch 3 height width"]  # in [0, 1]
     questions: Int[Tensor, "batch words"]
-    colours: Int[Tensor, "batch 2"]  # the two colours asked for
-    counts: Int[Tensor, "batch 2"]  # of these colours in the image
+    colors: Int[Tensor, "batch 2"]  # the two colors asked for
+    counts: Int[Tensor, "batch 2"]  # of these colors in the image
     shortcut: Int[Tensor, " batch"]  # the answer the question suggests; -1: none
     readings: Int[Tensor, "batch all"]  # everything there is to perceive, in the order of the labels
     hints: Int[Tensor, "batch all"]  # what the question suggests for each; -1: nothing
@@ -128,13 +128,13 @@ class World:
         raise NotImplementedError
 
     def sample(self, n: int, split: Split, generator: Generator) -> Problems:
-        """Return ``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
+        """``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
         raise NotImplementedError
 
     def demonstrate(
         self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
     ) -> Int[Tensor, "batch time"]:
-        """Return one response per problem, as an imperfect teacher writes it.
+        """One response per problem, as an imperfect teacher writes it.
 
         Args:
             problems: What is asked.
@@ -174,8 +174,8 @@ class PriorClash(World):
         return 17 + 4 * self.filler
 
     def sample(self, n: int, split: Split, generator: Generator) -> Problems:
-        """Return ``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
-        colours = torch.rand(n, len(COLOURS), generator=generator).argsort(1)
+        """``n`` problems of a split (:data:`SPLITS`), or of the training mixture for ``"train"``."""
+        colors = torch.rand(n, len(COLORS), generator=generator).argsort(1)
         counts = torch.randint(0, MAX_COUNT + 1, (n, 2), generator=generator)
         answers = counts.sum(1)
         wrong = (answers + torch.randint(1, len(PLACES), (n,), generator=generator)) % len(PLACES)
@@ -186,17 +186,17 @@ class PriorClash(World):
             place, shortcut = torch.full_like(place, ID[NEUTRAL_PLACE]), torch.full_like(place, -1)
         if split == "swapped":
             counts = torch.randint(0, MAX_COUNT + 1, (n, 2), generator=generator)
-        cells = torch.full((n, CELLS), -1) if split == "blind" else _lay_out(colours, counts, generator)
+        cells = torch.full((n, CELLS), -1) if split == "blind" else _lay_out(colors, counts, generator)
         contrast = 0.6 if split == "low_contrast" else 1.0
         images = render(cells, generator, noise=self.pixel_noise, contrast=contrast, shifted=split == "shifted")
-        counted = torch.stack([(cells == colour).sum(1) for colour in range(len(COLOURS))], 1)
+        counted = torch.stack([(cells == color).sum(1) for color in range(len(COLORS))], 1)
         hints = torch.full_like(counted, -1)
-        return Problems(images, _question(colours[:, :2], place), colours[:, :2], counts, shortcut, counted, hints)
+        return Problems(images, _question(colors[:, :2], place), colors[:, :2], counts, shortcut, counted, hints)
 
     def demonstrate(
         self, problems: Problems, generator: Generator, *, misread: float, shortcut: float
     ) -> Int[Tensor, "batch time"]:
-        """Return one response per problem, as an imperfect teacher writes it.
+        """One response per problem, as an imperfect teacher writes it.
 
         Args:
             problems: What is asked.
@@ -210,16 +210,16 @@ class PriorClash(World):
         counts = torch.where(slipped, (counts + slip).clamp(0, MAX_COUNT), counts)
         lazy = (torch.rand(n, generator=generator) < shortcut) & (problems.shortcut >= 0)
         answer = torch.where(lazy, problems.shortcut, counts.sum(1))
-        return self.write(problems.colours, counts, answer, generator)
+        return self.write(problems.colors, counts, answer, generator)
 
     def write(
         self,
-        colours: Int[Tensor, "batch 2"],
+        colors: Int[Tensor, "batch 2"],
         counts: Int[Tensor, "batch 2"],
         answer: Int[Tensor, " batch"],
         generator: Generator,
     ) -> Int[Tensor, "batch time"]:
-        """Return the response that states these counts and this answer, with random filler."""
+        """The response that states these counts and this answer, with random filler."""
         n = len(counts)
 
         def fill() -> Tensor:
@@ -228,7 +228,7 @@ class PriorClash(World):
         def word(token: int) -> Tensor:
             return torch.full((n, 1), token)
 
-        (first, second), (one, two) = (FIRST_COLOUR + colours).split(1, 1), (ZERO + counts).split(1, 1)
+        (first, second), (one, two) = (FIRST_COLOR + colors).split(1, 1), (ZERO + counts).split(1, 1)
         result = ZERO + answer[:, None]
         perception = [word(P_OPEN), fill(), first, one, fill(), second, two, word(P_CLOSE)]
         reasoning = [word(T_OPEN), fill(), one, word(ID["plus"]), two, fill(), word(ID["is"]), result, word(T_CLOSE)]
@@ -243,7 +243,7 @@ def render(
     contrast: float = 1.0,
     shifted: bool = False,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Draw a grid of colour indices (-1: empty) on grey; shape, place in the cell and brightness of each are random."""
+    """Draw a grid of color indices (-1: empty) on gray; shape, place in the cell and brightness of each are random."""
     n = len(cells)
     middle = 2.5 + torch.randint(0, PATCH - 5, (2, n, CELLS, 1, 1), generator=generator)  # shapes are 6 pixels wide
     pixel = torch.arange(float(PATCH))
@@ -263,25 +263,25 @@ def render(
     return (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def _lay_out(colours: Tensor, counts: Tensor, generator: Generator) -> Int[Tensor, "batch cells"]:
-    """Place the shapes asked for, and in each cell left over one of the two other colours or nothing."""
+def _lay_out(colors: Tensor, counts: Tensor, generator: Generator) -> Int[Tensor, "batch cells"]:
+    """Place the shapes asked for, and in each cell left over one of the two other colors or nothing."""
     n, order = len(counts), torch.arange(CELLS)
     other = torch.randint(1, 4, (n, CELLS), generator=generator)  # 1: nothing
-    cells = torch.where(other == 1, -1, colours.gather(1, other))
-    cells = torch.where(order < counts.sum(1, keepdim=True), colours[:, 1:2], cells)
-    cells = torch.where(order < counts[:, :1], colours[:, :1], cells)
+    cells = torch.where(other == 1, -1, colors.gather(1, other))
+    cells = torch.where(order < counts.sum(1, keepdim=True), colors[:, 1:2], cells)
+    cells = torch.where(order < counts[:, :1], colors[:, :1], cells)
     return cells.gather(1, torch.rand(n, CELLS, generator=generator).argsort(1))
 
 
-def _question(colours: Tensor, place: Tensor) -> Int[Tensor, "batch words"]:
-    """Return "count COLOUR and COLOUR in PLACE ?"."""
+def _question(colors: Tensor, place: Tensor) -> Int[Tensor, "batch words"]:
+    """The words of "count COLOR and COLOR in PLACE ?"."""
     count, conjunction, preposition, mark = (torch.full_like(place, ID[word]) for word in ("count", "and", "in", "?"))
-    first, second = (FIRST_COLOUR + colours).unbind(1)
+    first, second = (FIRST_COLOR + colors).unbind(1)
     return torch.stack([count, first, conjunction, second, preposition, place, mark], 1)
 
 
-def read(responses: Int[Tensor, "batch time"], colours: Int[Tensor, "batch 2"]) -> Reading:
-    """Parse responses: the number after each colour word asked for in the perception, and the number in the answer."""
+def read(responses: Int[Tensor, "batch time"], colors: Int[Tensor, "batch 2"]) -> Reading:
+    """Parse responses: the number after each color word asked for in the perception, and the number in the answer."""
     length = responses.shape[1]
     place = torch.arange(length, device=responses.device)
 
@@ -300,21 +300,21 @@ def read(responses: Int[Tensor, "batch time"], colours: Int[Tensor, "batch 2"]) 
     )
     following = torch.nn.functional.pad(digit(responses[:, 1:]), (0, 1), value=-1)
     counts = []
-    for colour in colours.unbind(1):
-        stated = (responses == FIRST_COLOUR + colour[:, None]) & (place < p_close[:, None]) & (following >= 0)
+    for color in colors.unbind(1):
+        stated = (responses == FIRST_COLOR + color[:, None]) & (place < p_close[:, None]) & (following >= 0)
         value = following.gather(1, stated.int().argmax(1, keepdim=True))[:, 0]
         counts.append(torch.where(stated.any(1), value, -1))
     return Reading(well_formed, torch.stack(counts, 1), torch.where(well_formed, answer, -1))
 
 
 def reward(responses: Int[Tensor, "batch time"], problems: Problems) -> Float[Tensor, " batch"]:
-    """Return 1 for a well-formed response with the right final answer, else 0. The perception earns nothing."""
-    return (read(responses, problems.colours).answer == problems.answers).float()
+    """1 for a well-formed response with the right final answer, else 0. The perception earns nothing."""
+    return (read(responses, problems.colors).answer == problems.answers).float()
 
 
 def measure(responses: Int[Tensor, "batch time"], problems: Problems) -> dict[str, float]:
-    """Return exact rates in [0, 1]; ``grounded + lucky + bad_thinking + both_wrong == 1``."""
-    reading = read(responses, problems.colours)
+    """Exact rates in [0, 1]; ``grounded + lucky + bad_thinking + both_wrong == 1``."""
+    reading = read(responses, problems.colors)
     right = reading.answer == problems.answers
     seen = (reading.counts == problems.counts).all(1)
     rates = {
@@ -334,9 +334,9 @@ def measure(responses: Int[Tensor, "batch time"], problems: Problems) -> dict[st
 
 
 def evidence(responses: Int[Tensor, "batch time"], problems: Problems) -> Bool[Tensor, "batch time"]:
-    """Return which tokens carry the answer: the numbers perceived of what was asked for, and all numbers after them."""
+    """Which tokens carry the answer: the numbers perceived of what was asked for, and all numbers after them."""
     numbers = (responses >= ZERO) & (responses < ZERO + 10)
-    asked = (responses[:, None] == FIRST_COLOUR + problems.colours[:, :, None]).any(1)
+    asked = (responses[:, None] == FIRST_COLOR + problems.colors[:, :, None]).any(1)
     after = (responses == P_CLOSE).int().cumsum(1) > 0
     return numbers & (after | torch.nn.functional.pad(asked[:, :-1], (1, 0)))
 

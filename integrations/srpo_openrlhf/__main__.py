@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_config(config)
     # Here, too, so that an unsupported version fails before any worker starts.
     hooks.install()
-    importlib.import_module(hooks.TARGET)
+    for name in hooks.NAMES:
+        importlib.import_module(name)
     variables = {ENVIRONMENT_VARIABLE: dump_config(config)}
     if rollouts is not None:  # a worker has a folder of its own
         variables[ROLLOUTS_VARIABLE] = os.path.abspath(rollouts)

@@ -1,14 +1,14 @@
-"""The ``--srpo.*`` options: command line to :class:`~srpo_core.SRPOConfig`, and on to the Ray workers."""
+"""The ``--srpo.*`` options: from the command line to an :class:`~srpo_core.SRPOConfig`, and on to the Ray workers."""
 
 import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from srpo_core import RoleTags, SRPOConfig
+from srpo_core import SRPOConfig
+from srpo_core.options import adapter_options
 
 __all__ = ["ENVIRONMENT_VARIABLE", "ROLLOUTS_VARIABLE", "dump_config", "load_config", "option_parser", "parse_options"]
 
@@ -18,38 +18,9 @@ ENVIRONMENT_VARIABLE = "SRPO_OPENRLHF"
 ROLLOUTS_VARIABLE = "SRPO_OPENRLHF_ROLLOUTS"
 _PREFIX = "--srpo."
 
-_HELP = {
-    "perception_tags": "opening and closing tag around what the model says it sees",
-    "reasoning_tags": "opening and closing tag around what it concludes",
-    "answer_tags": "opening and closing tag around the answer; give none where answers are not tagged",
-    "answer_role": "what answer tokens count as",
-    "corruption": "what the second look at the image is like",
-    "corruption_strength": "how much of it, in the unit of its kind, e.g. a share of patches",
-    "seed": "of the corruption; the draw also depends on the step and the prompt",
-    "counterfactual": "what happens to the perception in the second look at the reasoning",
-    "counterfactual_image": "the image shown then",
-    "use_spans": "of the perception, each left out of one more pass for a use score, this project's extension; 0: none",
-    "strength": "of the weights; 0 is the stock loss",
-    "visual_score": "contrast of perception tokens",
-    "consistency_score": "contrast of reasoning tokens",
-    "score_clip": "bound of both contrasts, nats",
-    "use": "how the use score enters that of the perception; only with use_spans",
-    "baseline": "what is subtracted from the scores of a response",
-    "weight_map": "from centred score to weight",
-    "renormalization": "over what the weights are 1 on average",
-    "scale": "unit of the scores: nats, or their root mean square in the batch",
-    "visual_scale": "size of a typical perception score, in that unit",
-    "consistency_scale": "size of a typical reasoning score, in that unit",
-    "bound": "of a centred score before the exponential, nats",
-    "sign": "symmetric, or flipped where the advantage is negative",
-    "mix": "share of the weights in 1 + mix * (weights - 1)",
-    "mix_warmup_steps": "steps over which the mix grows from 0",
-}
-# The rest of SRPOConfig is what OpenRLHF's own flags say: advantages, loss, KL. `scale_decay` goes with ema_rms only.
-
 
 def option_parser() -> argparse.ArgumentParser:
-    """Parser of the ``--srpo.*`` options: one for each field of :class:`~srpo_core.SRPOConfig` that is read."""
+    """Parser of the ``--srpo.*`` options: those of :func:`~srpo_core.options.adapter_options`, and a file."""
     parser = argparse.ArgumentParser(
         "python -m srpo_openrlhf",
         usage="%(prog)s [--srpo.* ...] [any flag of openrlhf.cli.train_ppo_ray ...]",
@@ -61,25 +32,13 @@ def option_parser() -> argparse.ArgumentParser:
     group.add_argument(
         _PREFIX + "rollouts",
         metavar="FILE",
-        help="write every rollout batch to this JSON Lines file, for `srpo report` and its kin; resuming appends",
+        help="Write every rollout batch to this JSON Lines file, for `srpo report` and the other commands. A resumed "
+        "run goes on with it.",
     )
-    defaults = SRPOConfig()
     hints = get_type_hints(SRPOConfig)
-    for name, text in _HELP.items():
-        kind, is_tags, _ = name.partition("_tags")
-        if is_tags:
-            default = getattr(defaults.tags, kind)
-            group.add_argument(
-                _PREFIX + name,
-                nargs="*" if name == "answer_tags" else 2,
-                metavar="TAG",
-                default=default,
-                help=f"{text} (default: {' '.join(default)})",
-            )
-            continue
-        default = getattr(defaults, name)
-        shown = "that of the kind" if default is None else f"{default:.4g}" if isinstance(default, float) else default
-        group.add_argument(_PREFIX + name, default=default, help=f"{text} (default: {shown})", **_argument(hints[name]))
+    for name, field in adapter_options().items():
+        text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
+        group.add_argument(_PREFIX + name, default=field.default, help=text, **_argument(hints[name]))
     return parser
 
 
@@ -101,19 +60,14 @@ def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, str | None, list[str
     values = {name.removeprefix("srpo."): value for name, value in vars(ours).items()}
     rollouts = values.pop("rollouts")
     try:
-        tags = RoleTags(
-            perception=values.pop("perception_tags"),
-            reasoning=values.pop("reasoning_tags"),
-            answer=values.pop("answer_tags") or None,
-        )
-        return SRPOConfig(tags=tags, **values), rollouts, rest
+        return SRPOConfig.read_for_trainer(values, named=_PREFIX + "{}"), rollouts, rest
     except ValueError as error:
-        parser.error(f"{_PREFIX}*: {error}")
+        parser.error(str(error))
 
 
 def dump_config(config: SRPOConfig) -> str:
     """The options as a string for an environment variable."""
-    return json.dumps(asdict(config))
+    return json.dumps({name: getattr(config, name) for name in adapter_options()})
 
 
 def load_config() -> SRPOConfig:
@@ -125,13 +79,22 @@ def load_config() -> SRPOConfig:
     dumped = os.environ.get(ENVIRONMENT_VARIABLE)
     if dumped is None:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE} is not set in this Ray worker: start with python -m srpo_openrlhf")
-    values = json.loads(dumped)
-    return SRPOConfig(tags=RoleTags(**values.pop("tags")), **values)
+    return SRPOConfig.read_for_trainer(json.loads(dumped), named=_PREFIX + "{}")
 
 
 def _argument(annotation: Any) -> dict[str, Any]:
-    """Type and choices of an option, read off its annotation."""
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
-    kind = next(kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType)
+    """Number, type and choices of an option's values, read off its annotation."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            return {"choices": get_args(kind)}
+        if get_origin(kind) is tuple:  # a pair of tags; none at all where these may be left out
+            return {"nargs": "*" if NoneType in kinds else 2, "metavar": "TAG"}
+    kind = next(kind for kind in kinds if kind is not NoneType)
     return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(default)
+    return f"{default:.4g}" if isinstance(default, float) else str(default)

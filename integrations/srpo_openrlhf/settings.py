@@ -2,10 +2,8 @@
 
 from argparse import Namespace
 from types import SimpleNamespace
-from typing import get_args
 
 from srpo_core import SRPOConfig
-from srpo_core.log_probs import DivergenceKind
 
 __all__ = ["check_arguments", "check_config"]
 
@@ -16,7 +14,6 @@ def check_config(config: SRPOConfig) -> None:
     Raises:
         ValueError: One line for each such option.
     """
-    divergences = get_args(DivergenceKind)
     _refuse(
         (
             config.corruption == "none",
@@ -29,18 +26,8 @@ def check_config(config: SRPOConfig) -> None:
             "pass drop, which removes the perception",
         ),
         (
-            config.visual_score in divergences or config.consistency_score in divergences,
-            "--srpo.visual_score, --srpo.consistency_score: OpenRLHF's actor returns log-probs of the sampled tokens, "
-            "and a divergence needs those of all; pass log_ratio, positive, abs or k3",
-        ),
-        (
             config.scale == "ema_rms",
             "--srpo.scale ema_rms: its moving average would be lost when a run resumes; pass batch_rms",
-        ),
-        (
-            config.use != SRPOConfig().use and config.use_spans == 0,
-            f"--srpo.use {config.use} without --srpo.use_spans: it says how a use score enters, and there is none; "
-            "pass --srpo.use_spans, each one more forward pass, or leave it out",
         ),
     )
 

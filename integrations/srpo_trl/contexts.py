@@ -6,23 +6,11 @@ import torch
 from torch import Tensor
 
 from srpo_core import SRPOConfig, corrupt_pixel_values
+from srpo_core.pixel_values import count_images, image_facts
+from srpo_trl.upstream import VISION_KEYS
 
-__all__ = ["VISION_KEYS", "Context", "context_of", "corrupted_context", "scoring_inputs", "without_images"]
+__all__ = ["Context", "contexts_of", "scoring_inputs"]
 
-#: What TRL's batches carry beside token ids, and its log-prob function takes by the same names.
-VISION_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-    "pixel_position_ids",  # its name in TRL 1.0
-)
 # These have one entry per token of prompt and response, so they change with either.
 _TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 
@@ -43,72 +31,51 @@ class Context(NamedTuple):
     token_types: dict[str, Tensor]
 
 
-def context_of(batch: dict[str, Any]) -> Context:
-    """The context that the responses of a batch were sampled in. Shares the batch's tensors: do not write to them."""
-    known = {key: batch[key] for key in VISION_KEYS if key in batch}
-    types = {key: known.pop(key) for key in _TYPE_KEYS if key in known}
-    return Context(batch["prompt_ids"], batch["prompt_mask"], known, types)
+def contexts_of(
+    batch: dict[str, Any], options: SRPOConfig, *, processor: Any, model_config: Any, group_ids: Tensor, step: int
+) -> tuple[dict[str, Context], Tensor | None]:
+    """What the responses of a batch are scored under, by the image in it: "original", and "corrupted" if there is one.
 
-
-def corrupted_context(
-    context: Context,
-    options: SRPOConfig,
-    *,
-    processor: Any,
-    model_config: Any,
-    group_ids: Tensor,
-    step: int,
-    is_first: bool,
-) -> Context:
-    """The same prompts with less to see in their images.
+    They share the batch's tensors: do not write to them.
 
     Args:
-        context: Holds ``pixel_values``.
+        batch: From TRL.
         options: Which corruption.
-        processor: TRL's processing class; its image processor knows how pixels were normalised.
+        processor: TRL's processing class; its image processor knows how pixels were normalized.
         model_config: Knows the size of a patch and the id of the image placeholder.
         group_ids: The prompt of each row, unique over ranks: rollouts of one prompt share a draw.
-        step: Optimiser step; a new one, a new draw.
-        is_first: Whether an image that comes out unchanged is an error (a wrong setting) or accepted (an odd image).
+        step: Optimizer step; a new one, a new draw.
+
+    Returns:
+        The contexts; and of each row its images and how many of them the corruption left as they were.
     """
+    vision = {key: batch[key] for key in VISION_KEYS if key in batch}
+    types = {key: vision.pop(key) for key in _TYPE_KEYS if key in vision}
+    original = Context(batch["prompt_ids"], batch["prompt_mask"], vision, types)
+    if "pixel_values" not in vision:
+        return {"original": original}, None
+    images = torch.tensor(_images_per_row(original), device=group_ids.device)
     if options.corruption == "none":
-        return without_images(context, _image_token_id(model_config))
-    pixels = context.vision["pixel_values"]
-    counts = torch.tensor(_images_per_row(context), device=group_ids.device)
-    first_of_row = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    images = processor.image_processor
-    normalised = getattr(images, "do_normalize", True)
-    corrupted = corrupt_pixel_values(
+        corrupted = _without_images(original, _image_token_id(model_config))
+        return {"original": original, "corrupted": corrupted}, torch.stack([images, 0 * images], dim=1)
+    pixels, grid, facts = vision["pixel_values"], vision.get("image_grid_thw"), image_facts(processor)
+    first_of_row = (images.cumsum(0) - images).repeat_interleave(images)
+    changed = corrupt_pixel_values(
         pixels,
-        prompt_ids=group_ids.repeat_interleave(counts),
+        prompt_ids=group_ids.repeat_interleave(images),
         image_index=torch.arange(len(first_of_row), device=group_ids.device) - first_of_row,
-        image_grid_thw=context.vision.get("image_grid_thw"),
+        image_grid_thw=grid,
         kind=options.corruption,
-        strength=options.corruption_strength,
+        amount=options.corruption_amount,
         patch_size=None if pixels.ndim == 2 else getattr(model_config.vision_config, "patch_size", None),
-        merge_size=getattr(images, "merge_size", 2),
-        temporal_patch_size=getattr(images, "temporal_patch_size", 2),
-        image_mean=getattr(images, "image_mean", None) if normalised else 0.0,
-        image_std=getattr(images, "image_std", None) if normalised else 1.0,
-        unchanged="raise" if is_first else "keep",
+        unchanged="keep",
         seed=options.seed,
         step=step,
+        **(facts._asdict() if facts else {}),
     )
-    return context._replace(vision=context.vision | {"pixel_values": corrupted})
-
-
-def without_images(context: Context, image_token_id: int) -> Context:
-    """The same prompts without images: placeholders removed, what marks their place (``<|vision_start|>``) left."""
-    keep = context.prompt_mask.bool() & (context.prompt_ids != image_token_id)
-    order = keep.long().argsort(dim=1, stable=True)  # padding and placeholders to the left, the rest as it was
-    prompt_time = order.shape[1]
-    types = {
-        key: torch.cat([(value[:, :prompt_time] * keep).gather(1, order), value[:, prompt_time:]], dim=1)
-        for key, value in context.token_types.items()
-    }
-    # A placeholder id may not stay even where it is masked: models count them.
-    text = torch.where(keep, context.prompt_ids, context.prompt_ids.new_zeros(()))
-    return Context(text.gather(1, order), keep.to(context.prompt_mask.dtype).gather(1, order), {}, types)
+    corrupted = original._replace(vision=vision | {"pixel_values": changed})
+    counts = count_images(pixels, changed, images_per_row=images.tolist(), image_grid_thw=grid)
+    return {"original": original, "corrupted": corrupted}, counts
 
 
 def scoring_inputs(
@@ -120,21 +87,34 @@ def scoring_inputs(
         context: What the responses follow.
         response_ids: [batch, new_time], right-padded.
         attention_mask: [batch, new_time], True where a token may be attended.
-        positions: Where each original token sits in the new responses (:class:`~srpo_core.CounterfactualResponses`);
-            None if nothing moved.
+        positions: Where each original token sits in the new responses, as
+            :class:`~srpo_core.counterfactuals.CounterfactualResponses` has it; None if nothing moved.
     """
     token_ids = torch.cat([context.prompt_ids, response_ids], dim=1)
     mask = torch.cat([context.prompt_mask, attention_mask.to(context.prompt_mask.dtype)], dim=1)
-    prompt_time = context.prompt_ids.shape[1]
+    prompt_time, width = context.prompt_ids.shape[1], response_ids.shape[1]
     types = context.token_types
     if positions is not None:
-        width = response_ids.shape[1]
         where = torch.where(positions < 0, width, positions)  # removed tokens fall into an extra column, cut off
         types = {}
         for key, value in context.token_types.items():
             moved = value.new_zeros(len(value), width + 1).scatter(1, where, value[:, prompt_time:])
             types[key] = torch.cat([value[:, :prompt_time], moved[:, :width]], dim=1)
     return token_ids, mask, context.vision | types
+
+
+def _without_images(context: Context, image_token_id: int) -> Context:
+    """The same prompts without images: placeholders removed, what marks their place (``<|vision_start|>``) left."""
+    keep = context.prompt_mask.bool() & (context.prompt_ids != image_token_id)
+    order = keep.long().argsort(dim=1, stable=True)  # padding and placeholders to the left, the rest as it was
+    prompt_time = order.shape[1]
+    types = {
+        key: torch.cat([(value[:, :prompt_time] * keep).gather(1, order), value[:, prompt_time:]], dim=1)
+        for key, value in context.token_types.items()
+    }
+    # A placeholder id may not stay even where it is masked: models count them.
+    text = torch.where(keep, context.prompt_ids, context.prompt_ids.new_zeros(()))
+    return Context(text.gather(1, order), keep.to(context.prompt_mask.dtype).gather(1, order), {}, types)
 
 
 def _images_per_row(context: Context) -> list[int]:

@@ -1,6 +1,6 @@
 """A whole run in minutes on a CPU: ``python -m srpo_trl.example``.
 
-A model of Qwen2.5-VL's architecture with 10^5 parameters counts coloured squares. First it imitates a teacher who
+A model of Qwen2.5-VL's architecture with 10^5 parameters counts colored squares. First it imitates a teacher who
 miscounts; then comes :class:`~srpo_trl.SRPOTrainer` with images and a reward that checks the final answer alone. With
 a real checkpoint ``make_policy`` becomes ``from_pretrained`` and the warm start goes; the rest stays (docs/trl.md).
 """
@@ -28,13 +28,13 @@ from transformers.processing_utils import ProcessorMixin
 
 from srpo_trl import SRPOConfig, SRPOTrainer
 
-GREY = (128, 128, 128)
-COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240)}
+GRAY = (128, 128, 128)
+COLORS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240)}
 CELL, GRID = 28, 3  # pixels along a cell, which is what one language-model token sees; cells along the image
 TAGS = ["<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-WORDS = [*COLOURS, *map(str, range(10)), "user", "assistant", "count", "and", "plus", "is"]
+WORDS = [*COLORS, *map(str, range(10)), "user", "assistant", "count", "and", "plus", "is"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ c['text'] }}{% endif %}"
@@ -43,18 +43,18 @@ TEMPLATE = (
 
 
 class Problem(NamedTuple):
-    """An image, a question about it, and how many there are of each of the two colours asked for."""
+    """An image, a question about it, and how many there are of each of the two colors asked for."""
 
     image: Image.Image
-    colours: tuple[str, str]
+    colors: tuple[str, str]
     counts: tuple[int, int]
 
     @property
     def question(self) -> str:
-        return f"count {self.colours[0]} and {self.colours[1]}"
+        return f"count {self.colors[0]} and {self.colors[1]}"
 
     def response(self, counts: tuple[int, int]) -> str:
-        (first, second), (one, two) = self.colours, counts
+        (first, second), (one, two) = self.colors, counts
         return (
             f"<perception> {first} {one} {second} {two} </perception> "
             f"<think> {one} plus {two} is {one + two} </think> <answer> {one + two} </answer>"
@@ -62,13 +62,13 @@ class Problem(NamedTuple):
 
 
 def draw_problem(generator: random.Random) -> Problem:
-    """Up to four squares of each colour asked for, some of the third, on grey, under pixel noise."""
-    first, second, third = generator.sample([*COLOURS], 3)
+    """Up to four squares of each color asked for, some of the third, on gray, under pixel noise."""
+    first, second, third = generator.sample([*COLORS], 3)
     one, two = generator.randint(0, 4), generator.randint(0, 4)
     cells = [first] * one + [second] * two
     cells += generator.choices([third, None], k=GRID**2 - len(cells))
     generator.shuffle(cells)
-    pixels = np.array([COLOURS[cell] if cell else GREY for cell in cells], dtype=float)
+    pixels = np.array([COLORS[cell] if cell else GRAY for cell in cells], dtype=float)
     pixels = pixels.reshape(GRID, GRID, 3).repeat(CELL, axis=0).repeat(CELL, axis=1)
     pixels += np.random.default_rng(generator.getrandbits(32)).normal(0, 50, pixels.shape)
     return Problem(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), (first, second), (one, two))
@@ -149,7 +149,7 @@ def encode(processor: Any, problems: list[Problem]) -> Any:
 def warm_start(
     model: Any, processor: Any, *, steps: int, seed: int, misread: float = 0.35, batch_size: int = 48
 ) -> None:
-    """Imitate a teacher who writes the structure and adds rightly, but miscounts a share of the colours by one."""
+    """Imitate a teacher who writes the structure and adds rightly, but miscounts a share of the colors by one."""
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -189,7 +189,7 @@ def accuracy(model: Any, processor: Any, *, problems: int = 128, seed: int = 10*
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m srpo_trl.example", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=50, help="optimiser steps of reinforcement learning")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of reinforcement learning")
     parser.add_argument("--warm-up", type=int, default=130, help="steps of imitation before")
     parser.add_argument("--strength", type=float, default=1.0, help="0 is GRPO")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,41 +1,37 @@
-"""The command line -> :class:`~srpo_core.SRPOConfig`, and a sentence on whatever cannot work. Needs no verl."""
+"""The command line -> :class:`VerlOptions`, and a sentence on whatever cannot work. Needs no verl."""
 
-import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass
 from typing import Any
 
-from srpo_core import RoleTags, SRPOConfig
+from srpo_core import SRPOConfig
+from srpo_core.checked import option
+from srpo_core.options import trainer_options
 
-__all__ = ["check_config", "rollouts_path", "srpo_config"]
+__all__ = ["VerlOptions", "check_config", "srpo_options"]
 
-#: Options of the loss and of GRPO's advantage: verl has its own, and keeps them.
+
+@dataclass(frozen=True, kw_only=True)
+class VerlOptions(SRPOConfig):
+    """Everything under ``algorithm.srpo``: the options that the core leaves to an adapter, and where to write what."""
+
+    rollouts: str | None = option(None, "File to which the driver writes every training batch. None: it writes none.")
+
+
+#: verl's own setting in the place of an option of the trainer; one that is not here has no setting in verl.
 _VERLS_OWN = {
     "normalization": "algorithm.norm_adv_by_std_in_grpo",
-    "epsilon": None,
-    "surrogate": "actor_rollout_ref.actor.policy_loss.loss_mode",
-    "clip_low": "actor_rollout_ref.actor.clip_ratio_low",
-    "clip_high": "actor_rollout_ref.actor.clip_ratio_high",
-    "dual_clip": "actor_rollout_ref.actor.clip_ratio_c",
-    "max_ratio": None,
-    "temperature_positive": "actor_rollout_ref.actor.policy_loss.tau_pos",
-    "temperature_negative": "actor_rollout_ref.actor.policy_loss.tau_neg",
+    "surrogate": (
+        "actor_rollout_ref.actor.policy_loss.loss_mode (its clip widths: actor_rollout_ref.actor.clip_ratio_low, "
+        "clip_ratio_high and clip_ratio_c)"
+    ),
     "kl_coef": "actor_rollout_ref.actor.kl_loss_coef",
     "kl_estimator": "actor_rollout_ref.actor.kl_loss_type",
     "reduction": "actor_rollout_ref.actor.loss_agg_mode",
 }
-#: Where to write what; not an option of the method.
-_ROLLOUTS = "rollouts"
-#: The default, which is also what it says where there is no use score.
-_USE = SRPOConfig().use
-_OPTIONS = (
-    *(field.name for field in fields(SRPOConfig) if field.name not in (*_VERLS_OWN, "scale_decay")),
-    _ROLLOUTS,
-)
 
-_NEEDS_LOGITS = "compares full distributions, and verl's workers return the log-probs of sampled tokens only"
-#: Values of SRPOConfig that the core knows but this adapter cannot honour, and why.
+#: Values that the core knows but this adapter cannot honor, and why.
 _UNSUPPORTED = {
     ("counterfactual", "mask"): "verl's engines build their attention masks themselves; use 'swap' or 'drop'",
     ("corruption", "none"): "dropping the image would change the prompt; use 'gray' or 'black' for a blank image",
@@ -44,11 +40,6 @@ _UNSUPPORTED = {
         "use 'patch_shuffle' or 'gray'"
     ),
     ("scale", "ema_rms"): "its running average would not survive a checkpoint; use 'batch_rms'",
-    **{
-        (score, kind): f"it {_NEEDS_LOGITS}; use 'log_ratio', 'positive', 'abs' or 'k3'"
-        for score in ("visual_score", "consistency_score")
-        for kind in ("full_kl", "reverse_kl", "jsd", "topk_kl")
-    },
 }
 
 #: Estimators that give a response one advantage, so that weights can split it among the tokens.
@@ -76,7 +67,7 @@ _REFUSED_MODES = {
 }
 
 
-def check_config(config: Mapping[str, Any]) -> SRPOConfig | None:
+def check_config(config: Mapping[str, Any]) -> VerlOptions | None:
     """SRPO's options in verl's resolved configuration, or None where it asks for another algorithm.
 
     Args:
@@ -108,79 +99,38 @@ def check_config(config: Mapping[str, Any]) -> SRPOConfig | None:
             f"trainer.v1.trainer_mode=srpo, or leave algorithm.srpo out{reason}"
         )
     _check_verl(config)
-    return srpo_config(options or {})
+    return srpo_options({} if options is None else options)
 
 
-def srpo_config(options: Mapping[str, Any]) -> SRPOConfig:
+def srpo_options(values: Mapping[str, Any]) -> VerlOptions:
     """The options under ``algorithm.srpo``, checked.
 
     Raises:
         ValueError: If an option is unknown, verl's own, unsupported here, of the wrong type or out of range.
 
     Example:
-        >>> srpo_config({"strength": 0.5, "tags": {"perception": ["<description>", "</description>"]}}).strength
+        >>> srpo_options({"strength": 0.5, "perception_tags": ["<description>", "</description>"]}).strength
         0.5
-        >>> srpo_config({"strenght": 0.5})
+        >>> srpo_options({"strenght": 0.5})
         Traceback (most recent call last):
             ...
-        ValueError: algorithm.srpo.strenght is unknown; did you mean 'strength'? Options: tags, answer_role, ...
-        >>> srpo_config({"clip_low": 0.1})
+        ValueError: algorithm.srpo.strenght is unknown; did you mean algorithm.srpo.strength? The options are ...
+        >>> srpo_options({"kl_coef": 0.1})
         Traceback (most recent call last):
             ...
-        ValueError: algorithm.srpo.clip_low is verl's own: set actor_rollout_ref.actor.clip_ratio_low instead
+        ValueError: algorithm.srpo.kl_coef is verl's own: set actor_rollout_ref.actor.kl_loss_coef instead
     """
-    for name in options:
-        if name in _VERLS_OWN:
-            place = _VERLS_OWN[name]
-            remedy = f"set {place} instead" if place else "verl fixes it, leave it out"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"algorithm.srpo must map names of options to values, got {values!r}")
+    for name in trainer_options():
+        if name in values:
+            place = _VERLS_OWN.get(name)
+            remedy = f"set {place} instead" if place else "it has no setting for this, so leave it out"
             raise ValueError(f"algorithm.srpo.{name} is verl's own: {remedy}")
-        if name == "scale_decay":
-            raise ValueError(
-                f"algorithm.srpo.scale_decay belongs to scale='ema_rms': {_UNSUPPORTED['scale', 'ema_rms']}"
-            )
-        if name not in _OPTIONS:
-            close = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ValueError(f"algorithm.srpo.{name} is unknown{hint} Options: {', '.join(_OPTIONS)}")
     for (name, value), reason in _UNSUPPORTED.items():
-        if options.get(name) == value:
+        if values.get(name) == value:
             raise ValueError(f"algorithm.srpo.{name}={value!r} does not work in verl: {reason}")
-    if options.get("use", _USE) != _USE and not options.get("use_spans"):
-        raise ValueError(
-            f"algorithm.srpo.use={options['use']!r} says how a use score enters, and without algorithm.srpo.use_spans "
-            "there is none: set use_spans to the number of spans, each of which is one more forward pass, or leave use "
-            "out"
-        )
-    arguments = {name: value for name, value in options.items() if name != _ROLLOUTS}
-    try:
-        if "tags" in arguments:
-            arguments["tags"] = _tags(arguments["tags"])
-        return SRPOConfig(**arguments)
-    except (ValueError, TypeError) as error:  # jaxtyping's TypeCheckError is a TypeError
-        raise ValueError(f"algorithm.srpo: {error}") from error
-
-
-def rollouts_path(config: Mapping[str, Any]) -> str | None:
-    """The file of ``algorithm.srpo.rollouts``, to which every training batch is written; None: nothing is.
-
-    Raises:
-        ValueError: If it is not a path.
-
-    Example:
-        >>> rollouts_path({"algorithm": {"srpo": {"rollouts": "rollouts.jsonl"}}})
-        'rollouts.jsonl'
-    """
-    path = _get(config, f"algorithm.srpo.{_ROLLOUTS}")
-    if path is not None and not isinstance(path, str):
-        raise ValueError(f"algorithm.srpo.rollouts must be the path of a file, got {path!r}")
-    return path
-
-
-def _tags(tags: Any) -> RoleTags:
-    known = tuple(field.name for field in fields(RoleTags))
-    if not isinstance(tags, Mapping) or not set(tags) <= set(known):
-        raise ValueError(f"tags must map some of {', '.join(known)} to an opening and a closing tag, got {tags!r}")
-    return RoleTags(**tags)
+    return VerlOptions.read_for_trainer(values, named="algorithm.srpo.{}")
 
 
 def _check_verl(config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ __all__: list[str] = []
 def _add_trainer(trainers: ModuleType) -> None:
     """``trainer_mode=srpo`` becomes known to verl."""
     try:
+        importlib.import_module("srpo_verl.upstream").check_functions()
         importlib.import_module("srpo_verl.trainer")
     except Exception as error:
         reason = f"srpo_verl could not be loaded, so trainer.v1.trainer_mode=srpo does not work: {error!r}"
@@ -35,8 +36,9 @@ def _add_trainer(trainers: ModuleType) -> None:
 
 def _check_command_line(configuration: ModuleType) -> None:
     """verl's own check of the configuration, before Ray starts, also checks SRPO's part of it."""
-    validate_config = configuration.validate_config
-    if hasattr(validate_config, "__wrapped__"):  # this module was loaded twice
+    validate_config = getattr(configuration, "validate_config", None)
+    # None: SRPO's trainer says so when it starts, and nobody else is disturbed. Wrapped: this module was loaded twice.
+    if validate_config is None or hasattr(validate_config, "__wrapped__"):
         return
 
     @functools.wraps(validate_config)

@@ -1,7 +1,7 @@
-"""The one colour scale of every heat map: blue below 1, orange above, the page's own colour at 1.
+"""The one color scale of every heat map: blue below 1, orange above, the page's own color at 1.
 
-Blue and orange differ to every kind of colour vision, both ends are equally far from the middle, and text stays
-readable on all of it, in light and in dark.
+Every kind of color vision tells blue from orange. Both ends are equally far from the middle, and text stays readable
+on the whole scale, on light and on dark pages.
 """
 
 import math
@@ -17,13 +17,13 @@ Color = tuple[int, int, int]
 
 #: Shades to each side of the middle, and so ``2 * REACH + 1`` in a scale.
 REACH = 20
-_WEIGHT_END = 2.0  # log2 of the weight at which the colour is full: 4, and 1/4
+_WEIGHT_END = 2.0  # log2 of the weight at which the color is full: 4, and 1/4
 _SCORE_END = 5.0  # nats: the default clip
 _EASING = 0.65  # below 1: small differences show early, as most weights are near 1
 
 
 def weight_shade(weights: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Index in a scale of each weight: 0 for 1/4 and less, `REACH` for 1, twice that for 4 and more.
+    """Index of each weight's color in a scale: 0 for 1/4 and less, `REACH` for 1, twice that for 4 and more.
 
     Example:
         >>> weight_shade(np.array([0.25, 0.5, 1.0, 2.0, 4.0, 100.0]))
@@ -34,7 +34,7 @@ def weight_shade(weights: NDArray[np.floating]) -> NDArray[np.int64]:
 
 
 def score_shade(scores: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Index in a scale of each score: `REACH` for 0 nats, the ends for 5 and beyond."""
+    """Index of each score's color in a scale: `REACH` for 0 nats, the ends for 5 nats and more to either side."""
     return _shade(scores / _SCORE_END)
 
 
@@ -74,7 +74,7 @@ def _scale(middle: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[
     return [_rgb(middle + share * (end - middle)) for share, end in zip(shares, ends, strict=True)]
 
 
-#: Colours from the least weight to the greatest.
+#: Colors from the least weight to the greatest.
 SCALES: dict[Theme, list[Color]] = {
     "light": _scale(_oklab(1.0, 0.0, 0.0), _oklab(0.70, 0.125, 245.0), _oklab(0.74, 0.155, 58.0)),
     "dark": _scale(_oklab(0.225, 0.008, 260.0), _oklab(0.50, 0.125, 252.0), _oklab(0.52, 0.120, 52.0)),

@@ -76,7 +76,7 @@ function drawOverview() {
   const tile = (label, value, note) => el("div", { class: "tile" }, el("div", { class: "label" }, label), el("div", { class: "value" }, value), el("div", { class: "note" }, note));
   const tiles = [];
   if ("right/fraction" in metrics) tiles.push(tile("Right answers", percent(metrics["right/fraction"]), data.reward === null ? "" : `mean reward ${data.reward.toFixed(3)}`));
-  tiles.push(tile("Well-formed", percent(1 - metrics["broken/fraction"]), `${percent(metrics["structured/fraction"])} have tokens to weigh`));
+  tiles.push(tile("Well-formed", percent(1 - metrics["broken/fraction"]), `${percent(metrics["structured/fraction"])} have weighted tokens`));
   tiles.push(tile("Credit on perception", percent(metrics["weight/perception/mass"], 1), `by ${percent(metrics["tokens/perception/fraction"], 1)} of the tokens; mean weight ${metrics["weight/perception/mean"].toFixed(2)}`));
   tiles.push(tile("Effective tokens", percent(metrics["tokens/effective_fraction"]), "of the weighted ones; 100 % is GRPO"));
   if ("advantage/cosine" in metrics) tiles.push(tile("Cosine to GRPO", metrics["advantage/cosine"].toFixed(3), "of the token advantages"));
@@ -131,9 +131,9 @@ function drawQuadrants() {
       el("div", { class: "value" }, percent(total ? cell.count / total : 0, 1)),
       el("div", { class: "muted" }, whole(cell.count)), cell.score === null ? null : el("div", { class: "muted" }, `score ${signed(cell.score)}`)));
   }
-  at("quadrants").append(grid, el("p", { class: "explain" }, `Of ${plural(total, "response")} with a labelled perception. The score is the mean visual dependency, nats. Click a cell to see such responses.`));
+  at("quadrants").append(grid, el("p", { class: "explain" }, `Of ${plural(total, "response")} with a labeled perception. The score is the mean visual dependency, nats. Click a cell to see such responses.`));
   at("quadrants").hidden = false;
-  at("quadrants").parentElement.classList.add("labelled");
+  at("quadrants").parentElement.classList.add("labeled");
 }
 
 // Plots
@@ -317,7 +317,7 @@ function legend() {
 
 function heatMap(row) {
   const shades = mode === "score" && row.scoreShades ? row.scoreShades : row.weightShades;
-  const map = el("div", { class: "heat", id: "heat", tabindex: "0", "aria-label": "response, coloured by " + mode });
+  const map = el("div", { class: "heat", id: "heat", tabindex: "0", "aria-label": "response, colored by " + mode });
   row.tokens.forEach((token, index) => {
     const text = token === "" ? "◌" : token.replace(/\n/g, "↵\n");
     const classes = ["t", `h${shades[index]}`, row.roles[index]];
@@ -394,7 +394,7 @@ function drawDetail(row) {
   if (!modes.includes(mode)) mode = "weight";
   parts.push(el("div", { class: "tools" },
     el("div", {},
-      el("div", { class: "switch", role: "group", "aria-label": "Colour by" }, modes.map((name) => el("button", { type: "button", id: `mode-${name}`, "aria-pressed": String(mode === name), on: { click: () => { mode = name; drawDetail(row); } } }, name === "weight" ? "Weight" : "Score, nats"))),
+      el("div", { class: "switch", role: "group", "aria-label": "Color by" }, modes.map((name) => el("button", { type: "button", id: `mode-${name}`, "aria-pressed": String(mode === name), on: { click: () => { mode = name; drawDetail(row); } } }, name === "weight" ? "Weight" : "Score, nats"))),
       el("div", { class: "key" }, el("span", {}, el("i", { class: "thin bg-perception" }), "perception"), el("span", {}, el("i", { class: "thin dotted" }), "reasoning (dotted)"))),
     legend()));
   const reading = el("div", { class: "reading" });

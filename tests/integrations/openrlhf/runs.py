@@ -22,12 +22,12 @@ PROMPTS = 4
 #: name -> module and flags besides those of `flags`.
 RUNS = {
     "stock": (STOCK, []),
-    "strength 0": (SRPO, ["--srpo.strength", "0", "--srpo.use_spans", "2"]),
+    "strength 0": (SRPO, ["--srpo.strength", "0", "--srpo.reliance_spans", "2"]),
     "strength 1": (SRPO, ["--srpo.strength", "1", "--srpo.corruption", "patch_mask"]),
-    "use score, ZeRO-2": (SRPO, ["--srpo.use_spans", "2", "--ds.zero_stage", "2"]),
-    "use score, ZeRO-2, dp 2": (
+    "reliance, ZeRO-2": (SRPO, ["--srpo.reliance_spans", "2", "--ds.zero_stage", "2"]),
+    "reliance, ZeRO-2, dp 2": (
         SRPO,
-        ["--srpo.use_spans", "2", "--ds.zero_stage", "2", "--actor.num_gpus_per_node", "2"],
+        ["--srpo.reliance_spans", "2", "--ds.zero_stage", "2", "--actor.num_gpus_per_node", "2"],
     ),
     "strength 1, async": (SRPO, ["--srpo.strength", "1", "--train.async_enable"]),
     "text, packed": (SRPO, ["--srpo.counterfactual", "drop", "--ds.packing_samples"]),
@@ -146,9 +146,13 @@ def check(folder: Path) -> None:
         held("strength 1 changes the gradient", ours["actor_grad_norm"] != stock["actor_grad_norm"])
     written = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     held("strength 1 writes both rollout batches", [line["step"] for line in written] == [0] * 8 + [1] * 8)
-    one, two = (steps[name][0]["actor_grad_norm"] for name in ("use score, ZeRO-2", "use score, ZeRO-2, dp 2"))
+    held("and which responses were given another perception", all("swapped" in line for line in written))
+    for number, step in enumerate(steps["strength 1"]):
+        share = sum(line["advantage"] == 0 for line in written if line["step"] == number) / 8
+        held("a logged metric is that of the batch", abs(step["srpo/advantage/zero"] - share) < 1e-6, share)
+    one, two = (steps[name][0]["actor_grad_norm"] for name in ("reliance, ZeRO-2", "reliance, ZeRO-2, dp 2"))
     plain = steps["strength 1"][0]["actor_grad_norm"]
-    held("a use score changes the gradient by more than 1e-3", abs(one - plain) > 1e-3 * plain, one, plain)
+    held("reliance changes the gradient by more than 1e-3", abs(one - plain) > 1e-3 * plain, one, plain)
     held("dp 2 with ZeRO-2: grad norm within 1e-3", abs(two - one) < 1e-3 * one, two, one)
 
     for name, (module, _) in RUNS.items():

@@ -1,48 +1,47 @@
 """OpenRLHF's real experience maker and actor with the hook, in this process; Ray's part is played by a list."""
 
+import logging
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 import vllm
-from openrlhf.models import Actor
-from openrlhf.trainer.ppo_utils import experience_maker
-from openrlhf.trainer.ppo_utils.experience import make_experience_batch, split_experience_batch
+from openrlhf.models import Actor, PolicyLoss
+from openrlhf.trainer.ppo_utils import NaiveReplayBuffer, experience_maker
+from openrlhf.trainer.ppo_utils.experience import (
+    balance_experiences,
+    make_experience_batch,
+    split_experience_batch,
+)
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
-from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.trainer.ray import ppo_actor
+from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.utils import get_tokenizer
 from PIL import Image
-from srpo_openrlhf import hooks
-from srpo_openrlhf.experience import _eos_token_ids, corrupt_inputs
+from srpo_openrlhf import experience, hooks
+from srpo_openrlhf.experience import Weighting
 from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, ROLLOUTS_VARIABLE, dump_config
 from tiny_models import write_text_model, write_vision_model
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from srpo_core import (
-    Role,
-    RoleTags,
-    SRPOConfig,
-    corrupt_pixel_values,
-    perception_spans,
-    segment_responses,
-    span_use,
-    srpo_advantages,
-)
-from srpo_core.commands import app
-from srpo_core.rollouts import read_rollouts
-from srpo_core.summaries import CreditOptions, score_rollouts
+from srpo_core import Role, SRPOConfig, corrupt_pixel_values, segment_responses, srpo_advantages
+from srpo_core.cli.app import app
+from srpo_core.reliance import perception_spans, span_reliance
+from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
 PROMPTS, SAMPLES = 3, 4
-STOCK = {name: vars(RemoteExperienceMaker)[name] for name in hooks.SIGNATURES}
+STOCK = RemoteExperienceMaker.make_experience_batch
 
 
 @pytest.fixture(autouse=True)
 def _ray_in_process(monkeypatch):
-    monkeypatch.setattr(experience_maker, "ray", SimpleNamespace(put=lambda value: value, get=lambda value: value))
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value: value)
 
 
 @pytest.fixture
@@ -53,10 +52,9 @@ def hooked(monkeypatch):
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
         hooks.install()
 
-    for name, method in STOCK.items():
-        monkeypatch.setattr(RemoteExperienceMaker, name, method)
-    monkeypatch.setattr(experience_maker, "_srpo_is_patched", True, raising=False)
-    monkeypatch.delattr(experience_maker, "_srpo_is_patched")
+    monkeypatch.setattr(RemoteExperienceMaker, "make_experience_batch", STOCK)
+    monkeypatch.setattr(experience_maker, "_srpo_is_prepared", True, raising=False)
+    monkeypatch.delattr(experience_maker, "_srpo_is_prepared")
     return _hooked
 
 
@@ -96,16 +94,8 @@ class Setting:
         for name, value in changes.items():
             setattr(args, name, value)
         strategy = SimpleNamespace(args=args)
-        return RemoteExperienceMaker(self, None, None, None, SimpleNamespace(value=0.0), strategy, self.tokenizer)
-
-    # RayActorGroup's part
-    def async_run_method_batch(self, method_name, **inputs):
-        assert method_name == "forward"
-        self.passes += 1
-        forward = PolicyModelActor.__ray_metadata__.modified_class.forward
-        worker = SimpleNamespace(actor=self.actor, strategy=SimpleNamespace(ring_attn_group=None))
-        count = len(inputs["sequences"])
-        return [[forward(worker, **{name: values[i] for name, values in inputs.items()}) for i in range(count)]]
+        group = Group(self)
+        return RemoteExperienceMaker(group, None, None, None, SimpleNamespace(value=0.0), strategy, self.tokenizer)
 
     def score(self, sequence, images=None):
         """Log-probs of one unpadded sequence without any of OpenRLHF's batching."""
@@ -118,6 +108,35 @@ class Setting:
             logits = self.actor.model(sequence, attention_mask=torch.ones_like(sequence), **inputs).logits
         log_probs = logits[:, :-1].float().log_softmax(-1)
         return log_probs.gather(2, sequence[:, 1:, None]).squeeze(2)[0]
+
+
+class Group(RayActorGroup):
+    """One actor, in this process."""
+
+    def __init__(self, setting):
+        self.setting = setting
+        self.buffer = NaiveReplayBuffer(sample_batch_size=4)
+        self.fits = 0
+
+    def async_run_method(self, method_name, **inputs):
+        if method_name == "get_checkpoint_states":
+            return [{"global_step": 7}]
+        assert method_name == "fit"
+        self.fits += 1
+        self.buffer.clear()
+        return [{}]
+
+    def async_run_method_batch(self, method_name, **inputs):
+        if method_name == "append":
+            for batch in inputs["experience"]:
+                self.buffer.append(batch)
+            return []
+        assert method_name == "forward"
+        self.setting.passes += 1
+        forward = ppo_actor.PolicyModelActor.__ray_metadata__.modified_class.forward
+        worker = SimpleNamespace(actor=self.setting.actor, strategy=SimpleNamespace(ring_attn_group=None))
+        count = len(inputs["sequences"])
+        return [[forward(worker, **{name: values[i] for name, values in inputs.items()}) for i in range(count)]]
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +193,13 @@ def made(setting, samples, **settings):
     return [single for _, single in sorted(zip(index, singles, strict=True), key=lambda pair: pair[0])]
 
 
+def train(maker, experiences):
+    """What ``BasePPOTrainer.train_step`` does with a batch that was made."""
+    group = maker.actor_model_group
+    group.async_run_method_batch(method_name="append", experience=experiences)
+    group.async_run_method(method_name="fit", kl_ctl=0.0)
+
+
 def length(single):
     return int(single.attention_mask.sum()) - 1
 
@@ -228,13 +254,13 @@ def one_by_one(setting, samples, config):
         counterfactual.append(carried)
 
     # Each span of the perception taken out, under the true image.
-    without = [[] for _ in range(config.use_spans)]
+    without = [[] for _ in range(config.reliance_spans)]
     spans = [torch.full((len(ids) - 1,), -1) for ids in sequences]
     for row, (ids, image) in enumerate(zip(sequences, images, strict=True)):
         content = torch.zeros(1, len(ids)).bool()
         content[0, contents[row]] = True
-        for k in range(config.use_spans):
-            number = perception_spans(content.int() * int(Role.PERCEPTION), content, spans=config.use_spans)[0]
+        for k in range(config.reliance_spans):
+            number = perception_spans(content.int() * int(Role.PERCEPTION), content, spans=config.reliance_spans)[0]
             spans[row] = number[1:]
             carried = original[row].clone()
             if (number == k).any():
@@ -258,27 +284,36 @@ def _padded(rows):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def scores_of(setting, samples, monkeypatch, **settings):
-    """The maker's experiences and the scores it kept for them."""
-    kept = []
-    from srpo_openrlhf import experience
+def credit_of(setting, samples, monkeypatch, **settings):
+    """The maker's experiences, the credit that weighted them, the scored batch and the reliance that was measured."""
+    kept = {}
+    stock = experience.credit
 
-    fold = experience.fold_weights
-    monkeypatch.setattr(
-        experience, "fold_weights", lambda *args, **kwargs: (kept.append(args[2]), fold(*args, **kwargs))[1]
-    )
-    return made(setting, samples, **settings), kept[0]
+    def credit(batch, planned, scored, options, *, old_log_probs, **rest):
+        credited = stock(batch, planned, scored, options, old_log_probs=old_log_probs, **rest)
+        kept.update(credit=credited, batch=batch, counts=rest["image_counts"], reliance=None)
+        if planned.spans is not None:
+            passes = [scored[f"span_{k}"] for k in range(options.reliance_spans)]
+            kept["reliance"] = planned.spans.reliance(
+                passes, batch.segmentation.roles, batch.mask, original_log_probs=old_log_probs, clip=options.score_clip
+            )
+        return credited
+
+    monkeypatch.setattr(experience, "credit", credit)
+    experiences = made(setting, samples, **settings)
+    return experiences, SimpleNamespace(**kept)
 
 
-def test_the_installed_openrlhf_has_what_the_adapter_hooks():
-    hooks.check_signatures(experience_maker)
-    assert hasattr(PolicyModelActor.__ray_metadata__.modified_class, "get_checkpoint_states")
+def test_the_installed_openrlhf_has_what_the_adapter_relies_on():
+    hooks.check_names(experience_maker)
+    hooks.check_names(ppo_actor)
+    assert set(hooks.NAMES) == {experience_maker.__name__, ppo_actor.__name__, "openrlhf.utils"}
 
 
-@pytest.mark.parametrize("use_spans", [0, 2])
-def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked, use_spans):
+@pytest.mark.parametrize("spans", [0, 2])
+def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked, spans):
     stock = made(vision, rollout(vision))
-    hooked(SRPOConfig(strength=0.0, use_spans=use_spans))
+    hooked(SRPOConfig(strength=0.0, reliance_spans=spans))
     ours = made(vision, rollout(vision))
     for one, other in zip(stock, ours, strict=True):
         for name in ("advantages", "returns", "action_log_probs", "sequences", "action_mask"):
@@ -291,42 +326,51 @@ def test_strength_0_leaves_every_tensor_as_it_is(vision, hooked, use_spans):
         SRPOConfig(),
         SRPOConfig(counterfactual="drop", baseline="role_balanced"),
         SRPOConfig(counterfactual_image="corrupted", corruption="noise", seed=3, sign="advantage", scale="batch_rms"),
-        SRPOConfig(use_spans=2, score_clip=0.1),
-        SRPOConfig(use_spans=20, use="share", counterfactual_image="corrupted"),  # more than tokens
+        SRPOConfig(reliance_spans=2, score_clip=0.1),
+        SRPOConfig(reliance_spans=20, reliance_mode="share", counterfactual_image="corrupted"),  # more than tokens
     ],
 )
 def test_log_probs_and_weights_are_those_of_one_response_at_a_time(vision, hooked, monkeypatch, config):
     stock = made(vision, rollout(vision))
     hooked(config)
-    ours, scores = scores_of(vision, rollout(vision), monkeypatch)
+    ours, kept = credit_of(vision, rollout(vision), monkeypatch)
     alone = one_by_one(vision, rollout(vision), config)
 
     def error(mine, theirs):
         return torch.where(alone.mask, mine - theirs, 0.0).abs().max().item()
 
     log_probs = _padded([single.action_log_probs for single in stock])
-    corrupted, counterfactual = scores.corrupted_log_probs, scores.counterfactual_log_probs
+    corrupted, counterfactual = kept.credit.corrupted_log_probs, kept.credit.counterfactual_log_probs
     log_prob_errors = error(corrupted, alone.corrupted), error(counterfactual, alone.counterfactual)
 
     advantages = _padded([single.advantages for single in stock])
     per_response = advantages.gather(1, alone.mask.int().argmax(1, keepdim=True)).squeeze(1)
-    use = None
-    if config.use_spans:
-        views = (alone.original, torch.stack(alone.without), alone.spans, alone.roles, alone.mask)
-        use = span_use(*views, clip=config.score_clip)
-        assert error(scores.perception_use, use) < 1e-4
-        assert error(use, torch.ones(())) > 0.1
-    weight_errors = []
-    for contexts in (log_probs, corrupted, counterfactual), (alone.original, alone.corrupted, alone.counterfactual):
-        options = config.advantage_options(step=0)
-        used = scores.perception_use if contexts[0] is log_probs else use
-        credit = srpo_advantages(
-            *contexts,
+    reliance = None
+    if config.reliance_spans:
+        reliance = span_reliance(
+            alone.original,
             alone.roles,
-            per_response,
             alone.mask,
-            perception_use=used if config.use_spans else None,
-            **options,
+            without_log_probs=torch.stack(alone.without),
+            spans=alone.spans,
+            clip=config.score_clip,
+        )
+        assert error(kept.reliance, reliance) < 1e-4
+        assert error(reliance, torch.ones(())) > 0.1
+    weight_errors = []
+    for own, image, text, relied in (
+        (log_probs, corrupted, counterfactual, kept.reliance),
+        (alone.original, alone.corrupted, alone.counterfactual, reliance),
+    ):
+        credit = srpo_advantages(
+            own,
+            per_response,
+            alone.roles,
+            alone.mask,
+            config,
+            corrupted_log_probs=image,
+            counterfactual_log_probs=text,
+            reliance=relied,
         )
         weight_errors.append(error(_padded([single.advantages for single in ours]), advantages * credit.weights))
     print(f"log-probs within {max(log_prob_errors):.1e} nats; weights within {weight_errors}")
@@ -344,21 +388,21 @@ def test_no_pass_more_than_is_asked_for(vision, hooked):
         return vision.passes - before
 
     assert passes(SRPOConfig()) == 3  # OpenRLHF's own, and two
-    assert passes(SRPOConfig(use_spans=4)) == 7
-    assert passes(SRPOConfig(use_spans=4, strength=0.0)) == 3  # every weight is 1 anyway
+    assert passes(SRPOConfig(reliance_spans=4)) == 7
+    assert passes(SRPOConfig(reliance_spans=4, strength=0.0)) == 3  # every weight is 1 anyway
 
 
 def test_packed_text_is_scored_as_one_response_at_a_time(folder, hooked, monkeypatch):
     packed = Setting(folder / "text", packed=True)
-    config = SRPOConfig(use_spans=2)
+    config = SRPOConfig(reliance_spans=2)
     hooked(config)
-    ours, scores = scores_of(packed, rollout(packed), monkeypatch)
+    ours, kept = credit_of(packed, rollout(packed), monkeypatch)
     alone = one_by_one(Setting(folder / "text"), rollout(packed), config)
-    difference = scores.counterfactual_log_probs - alone.counterfactual
+    difference = kept.credit.counterfactual_log_probs - alone.counterfactual
     assert torch.where(alone.mask, difference, 0.0).abs().max() < 1e-5
-    # No image, so one more pass and not two, and no score for perceptions that their use could change.
+    # No image, so one more pass and not two, and no scores of perceptions that reliance could change.
     assert packed.passes == 2
-    assert scores.corrupted_log_probs is None
+    assert kept.credit.corrupted_log_probs is None
     assert all(single.info["srpo/score/perception/mean"] == 0 for single in ours)
     assert any(single.info["srpo/score/reasoning/mean"] != 0 for single in ours)
 
@@ -367,20 +411,23 @@ def test_tool_outputs_stay_where_they_are(vision, hooked, monkeypatch):
     config = SRPOConfig()
     hooked(config)
     tool_output = "<perception>not sampled</perception>"
-    _, scores = scores_of(vision, rollout(vision, tool_output=tool_output), monkeypatch)
+    _, kept = credit_of(vision, rollout(vision, tool_output=tool_output), monkeypatch)
     alone = one_by_one(vision, rollout(vision, tool_output=tool_output), config)
-    difference = scores.counterfactual_log_probs - alone.counterfactual
+    difference = kept.credit.counterfactual_log_probs - alone.counterfactual
     assert torch.where(alone.mask, difference, 0.0).abs().max() < 1e-5
-    assert (scores.segmentation.roles == alone.roles)[alone.mask].all()
+    assert (kept.batch.segmentation.roles == alone.roles)[alone.mask].all()
 
 
-def test_a_prompt_without_image_has_no_perception_score(vision, hooked):
+def test_a_prompt_without_image_has_no_perception_score(vision, hooked, monkeypatch):
     hooked(SRPOConfig())
-    for row, single in enumerate(made(vision, rollout(vision, images="some"))):
-        has_image = row // SAMPLES % 2 == 0
-        assert bool(single.info["srpo/corruption/changed"]) == has_image
-        if not has_image:
-            assert single.info["srpo/score/perception/mean"] == 0
+    _, kept = credit_of(vision, rollout(vision, images="some"), monkeypatch)
+    perception = torch.where(
+        kept.batch.mask & (kept.batch.segmentation.roles == Role.PERCEPTION), kept.credit.scores, 0
+    )
+    has_image = torch.arange(PROMPTS * SAMPLES) // SAMPLES % 2 == 0
+    assert (perception[~has_image] == 0).all()
+    assert (perception[has_image] != 0).any()
+    assert kept.counts.tolist() == [[int(row), 0] for row in has_image]
 
 
 def test_a_response_without_tokens_is_left_alone(vision, hooked):
@@ -394,7 +441,7 @@ def test_a_response_without_tokens_is_left_alone(vision, hooked):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, PROMPTS * SAMPLES])
 def test_weights_do_not_depend_on_micro_batches(vision, hooked, micro_batch_size):
-    hooked(SRPOConfig(scale="batch_rms", use_spans=2))
+    hooked(SRPOConfig(scale="batch_rms", reliance_spans=2))
     one = made(vision, rollout(vision))
     other = made(vision, rollout(vision), micro_batch_size=micro_batch_size)
     for left, right in zip(one, other, strict=True):
@@ -411,85 +458,163 @@ def test_weights_average_to_one_over_the_perception_and_reasoning_of_a_response(
             torch.testing.assert_close(other.advantages[mask].sum(), one.advantages[mask].sum(), rtol=1e-5, atol=1e-5)
 
 
-def test_weighted_advantages_and_metrics_survive_the_way_to_the_actors(vision, hooked):
+def test_weighted_advantages_and_metrics_survive_the_way_into_the_loss(vision, hooked):
     hooked(SRPOConfig())
-    singles = made(vision, rollout(vision))
-    names = [name for name in singles[0].info if name.startswith("srpo/")]
-    assert {"srpo/weight/perception/mean", "srpo/score/reasoning/mean", "srpo/broken/nested"} <= set(names)
-    batch = make_experience_batch(singles)
+    samples = rollout(vision)
+    group = Group(vision)
+    maker = vision.maker()
+    experiences = maker.make_experience_batch(samples)
+    advantages = {tuple(row.tolist()) for each in experiences for row in each.advantages * each.action_mask}
+    group.async_run_method_batch(method_name="append", experience=experiences)
+    batch = make_experience_batch(group.buffer.items)
     assert batch.advantages.shape == batch.action_mask.shape
+    for row in batch.advantages * batch.action_mask:
+        assert any(tuple(row.tolist())[: len(known)] == known[: len(row)] for known in advantages)
+    weighted = batch.advantages.clone().requires_grad_()
+    PolicyLoss()(batch.action_log_probs, batch.action_log_probs, weighted, batch.action_mask)[0].backward()
+    assert (weighted.grad[batch.action_mask.bool()] != 0).all()
+
+
+def test_the_metrics_are_those_of_the_core_and_average_to_the_value_of_the_batch(vision, hooked, monkeypatch):
+    hooked(SRPOConfig())
+    singles, kept = credit_of(vision, rollout(vision), monkeypatch)
+    names = {name for name in singles[0].info if name.startswith("srpo/")}
+    assert names == {f"srpo/{name}" for name in kept.credit.metrics}
+    assert {"srpo/swap/coverage", "srpo/corruption/unchanged", "srpo/advantage/zero", "srpo/broken/nested"} <= names
+    batch = make_experience_batch(singles)
     for name in names:
         values = torch.tensor(batch.info[name])
         assert values.shape == (len(singles),), name
-        assert values.isfinite().all(), name
+        torch.testing.assert_close(values.mean(), kept.credit.metrics[name.removeprefix("srpo/")].float())
 
 
-def test_advantages_before_experience_are_an_error(vision, hooked):
+@pytest.mark.parametrize("is_balanced", [False, True])
+def test_the_weighted_advantages_are_seen_to_reach_the_actors(vision, hooked, is_balanced):
+    hooked(SRPOConfig())
+    maker = vision.maker(actor=SimpleNamespace(model_name_or_path=vision.path, num_nodes=1, num_gpus_per_node=2))
+    group = maker.actor_model_group
+    for seed in (0, 1):
+        experiences = maker.make_experience_batch(rollout(vision, seed=seed))
+        train(maker, balance_experiences(experiences, maker.args) if is_balanced else experiences)
+        assert group.fits == seed + 1
+        # Watched only until it has arrived.
+        assert not {"async_run_method", "async_run_method_batch"} & set(vars(group))
+
+
+def test_other_advantages_on_their_way_to_the_actors_are_an_error(vision, hooked):
     hooked(SRPOConfig())
     maker = vision.maker()
     experiences = maker.make_experience_batch(rollout(vision))
-    with pytest.raises(RuntimeError, match="before make_experience"):
-        maker.compute_advantages_and_returns(experiences)
+    for each in experiences:
+        each.advantages = each.returns  # what OpenRLHF has without SRPO
+    with pytest.raises(RuntimeError, match=r"needs openrlhf>=0.11.2,<0.12, and found .*not those that SRPO weighted"):
+        train(maker, experiences)
+    assert maker.actor_model_group.fits == 0
+
+
+def test_training_on_something_else_is_an_error(vision, hooked):
+    hooked(SRPOConfig())
+    maker = vision.maker()
+    maker.make_experience_batch(rollout(vision))
+    with pytest.raises(RuntimeError, match=r"needs openrlhf>=0.11.2,<0.12, and found .*went on without"):
+        maker.actor_model_group.async_run_method(method_name="fit", kl_ctl=0.0)
+    with pytest.raises(RuntimeError, match="went on without"):
+        maker.make_experience_batch(rollout(vision, seed=1))
 
 
 def test_the_corruption_is_drawn_anew_at_each_step_and_a_resumed_run_goes_on(vision, hooked, monkeypatch):
     hooked(SRPOConfig())
     steps = []
-    from srpo_openrlhf import experience
-
-    corrupt = experience.corrupt_inputs
+    corrupt = experience.corrupt_rows
     monkeypatch.setattr(
-        experience, "corrupt_inputs", lambda *args, step: (steps.append(step), corrupt(*args, step=step))[1]
+        experience, "corrupt_rows", lambda *args, step: (steps.append(step), corrupt(*args, step=step))[1]
     )
-    monkeypatch.setattr(Setting, "async_run_method", lambda *_, method_name: [{"global_step": 7}], raising=False)
     maker = vision.maker(ckpt=SimpleNamespace(load_enable=True))
-    maker.make_experience_batch(rollout(vision))
+    train(maker, maker.make_experience_batch(rollout(vision)))
     maker.make_experience_batch(rollout(vision))
     vision.maker().make_experience_batch(rollout(vision))
     assert steps == [7, 8, 0]
 
 
-def test_every_token_that_ends_a_response_is_known(vision, tmp_path):
-    tokenizer = vision.text_tokenizer
+def test_every_token_that_ends_a_response_is_known(vision, hooked, monkeypatch, tmp_path):
+    hooked(SRPOConfig())
+    eos = vision.text_tokenizer.eos_token_id
     GenerationConfig(eos_token_id=[0, 7]).save_pretrained(tmp_path)
-    assert set(_eos_token_ids(tokenizer, str(tmp_path))) == {0, 7, tokenizer.eos_token_id}
-    assert _eos_token_ids(tokenizer, str(tmp_path / "without")) == (tokenizer.eos_token_id,)
+    maker = vision.maker(actor=SimpleNamespace(model_name_or_path=str(tmp_path)))
+    assert set(Weighting(maker).ending) == {0, 7, eos}
+    maker = vision.maker(actor=SimpleNamespace(model_name_or_path=str(tmp_path / "without")))
+    assert Weighting(maker).ending == (eos,)
 
 
-def test_responses_without_tags_are_reported(vision, hooked, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(experience_maker.logger, "warning", warnings.append)
-    hooked(SRPOConfig(tags=RoleTags(perception=("<look>", "</look>"))))
-    stock_advantages = [single.advantages for single in made(vision, rollout(vision))]
-    assert any("name yours with --srpo.perception_tags" in warning for warning in warnings)
-    assert stock_advantages[0].isfinite().all()
+def test_a_first_batch_without_tags_is_an_error_and_a_later_one_is_not(vision, hooked):
+    hooked(SRPOConfig(perception_tags=("<look>", "</look>")))
+    maker = vision.maker()
+    with pytest.raises(ValueError, match="no response of the first batch has the structure <look>"):
+        maker.make_experience_batch(rollout(vision))
+
+    hooked(SRPOConfig())
+    maker = vision.maker()
+    train(maker, maker.make_experience_batch(rollout(vision)))
+    samples = rollout(vision, seed=1)
+    for sample in samples:
+        sample.sequences[sample.sequences == vision.text_tokenizer.encode("<")[0]] = 0
+    (first, *_) = maker.make_experience_batch(samples)
+    assert first.info["srpo/broken/fraction"].tolist() == [1.0] * SAMPLES
 
 
-def test_only_pixels_are_corrupted_and_a_group_shares_the_draw(vision):
-    images = [sample.mm_train_inputs[0] for sample in rollout(vision)]
+def test_responses_without_tags_that_the_prompt_asks_for_are_reported(vision, hooked, caplog):
+    hooked(SRPOConfig(perception_tags=("<look>", "</look>")))
+    samples = rollout(vision)
+    for sample in samples:
+        sample.prompts = [f"Begin with <look>. {sample.prompts[0]}"]
+    with caplog.at_level(logging.WARNING, logger="srpo_core"):
+        (single, *_) = made(vision, samples)
+    assert "no response of the first batch has the structure <look>" in caplog.text
+    assert single.advantages.isfinite().all()
+
+
+def test_a_corruption_that_changes_no_image_of_the_first_batch_is_an_error(vision, hooked):
+    config = SRPOConfig(corruption="black")
+    hooked(config)
+    samples = rollout(vision)
+    images = [sample.mm_train_inputs[0] for sample in samples]
+    black, _ = experience.corrupt_rows(
+        images, [0] * len(images), config, experience.image_facts(vision.tokenizer), step=0
+    )
+    for sample, inputs in zip(samples, black, strict=True):
+        sample.mm_train_inputs = [inputs]
+    with pytest.raises(ValueError, match=r"corruption='black' left all 12 images of the first batch"):
+        made(vision, samples)
+
+
+@pytest.mark.parametrize("corruption", ["patch_mask", "other_image"])
+def test_only_pixels_are_corrupted_and_a_group_shares_the_draw(vision, hooked, monkeypatch, corruption):
+    hooked(SRPOConfig(corruption=corruption))
+    samples = rollout(vision)
+    images = [sample.mm_train_inputs[0] for sample in samples]
     before = [inputs["pixel_values"].clone() for inputs in images]
-    prompt_ids = torch.arange(len(images)) // SAMPLES
-    corrupted = corrupt_inputs(images, prompt_ids, vision.tokenizer.image_processor, SRPOConfig(), step=0)
+    seen = []
+    corrupt = experience.corrupt_rows
+    monkeypatch.setattr(
+        experience, "corrupt_rows", lambda *args, step: (seen.extend(corrupt(*args, step=step)), seen)[1]
+    )
+    made(vision, samples)
+    corrupted, counts = seen
+    assert counts.tolist() == [[1, 0]] * len(samples)
     for row, (old, new) in enumerate(zip(images, corrupted, strict=True)):
         assert torch.equal(old["pixel_values"], before[row])
         assert not torch.equal(new["pixel_values"], before[row])
         assert new["image_grid_thw"] is old["image_grid_thw"]
-        assert new["pixel_values"] is corrupted[row // SAMPLES * SAMPLES]["pixel_values"]
+        assert torch.equal(new["pixel_values"], corrupted[row // SAMPLES * SAMPLES]["pixel_values"])
 
 
-def test_a_corruption_that_changes_nothing_is_an_error(vision):
-    images = [sample.mm_train_inputs[0] for sample in rollout(vision)]
-    prompt_ids = torch.arange(len(images)) // SAMPLES
-    rest = (prompt_ids, vision.tokenizer.image_processor, SRPOConfig(corruption="black"))
-    black = corrupt_inputs(images, *rest, step=0)
-    with pytest.raises(ValueError, match="--srpo.corruption black changed no image"):
-        corrupt_inputs(black, *rest, step=0)
-
-
-def test_videos_are_refused(vision):
-    images = [{"pixel_values_videos": torch.zeros(4, 1176), "video_grid_thw": torch.tensor([[1, 2, 2]])}]
-    with pytest.raises(ValueError, match="needs pixel_values and no videos"):
-        corrupt_inputs(images, torch.tensor([0]), vision.tokenizer.image_processor, SRPOConfig(), step=0)
+@pytest.mark.parametrize("name", ["pixel_values_videos", "image_patches"])
+def test_videos_and_unknown_pixels_are_refused(vision, hooked, monkeypatch, name):
+    hooked(SRPOConfig())
+    samples = rollout(vision)
+    monkeypatch.setattr(experience, "_by_row", lambda *_: [None, {name: torch.zeros(4, 1176)}])
+    with pytest.raises(ValueError, match=f"needs pixel_values and no videos, and found .'{name}'."):
+        made(vision, samples)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0])
@@ -499,7 +624,7 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
     stock = made(vision, rollout(vision))
     hooked(SRPOConfig(strength=strength))
     samples = rollout(vision)
-    ours, scores = scores_of(vision, samples, monkeypatch)
+    ours, kept = credit_of(vision, samples, monkeypatch)
     written = list(read_rollouts(path))
     assert len(written) == len(ours) == PROMPTS * SAMPLES
     for row, (line, sample, plain, single) in enumerate(zip(written, samples, stock, ours, strict=True)):
@@ -512,12 +637,14 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
         credit = torch.tensor(line.weights) * line.advantage
         torch.testing.assert_close(credit, single.advantages.reshape(-1)[where].float(), atol=1e-3, rtol=0)
         recorded = torch.tensor(line.counterfactual_log_probs)
-        mask = torch.nn.functional.pad(where, (0, scores.counterfactual_log_probs.shape[1] - len(where)))
-        torch.testing.assert_close(recorded, scores.counterfactual_log_probs[row][mask], atol=1e-4, rtol=0)
+        carried = kept.credit.counterfactual_log_probs[row]
+        mask = torch.nn.functional.pad(where, (0, len(carried) - len(where)))
+        torch.testing.assert_close(recorded, carried[mask], atol=1e-4, rtol=0)
         assert len(recorded) == count
+        assert line.swapped == bool(kept.credit.donors[row] >= 0)
     assert len({line.group for line in written}) == PROMPTS
     # With the options of the run, the recorded log-probs give its weights.
-    for scored in score_rollouts(written, CreditOptions(SRPOConfig(strength=strength), recompute=True)):
+    for scored in score_rollouts(written, ScoringOptions(SRPOConfig(strength=strength), recompute=True)):
         torch.testing.assert_close(
             torch.as_tensor(scored.weights).float(), torch.tensor(scored.rollout.weights), atol=1e-3, rtol=0
         )
@@ -531,11 +658,18 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
         assert shown.exit_code == 0, (arguments, shown.output)
 
 
-def test_the_next_batch_is_appended(vision, hooked, monkeypatch, tmp_path):
+def test_the_next_batch_is_appended_and_a_resumed_run_writes_nothing_twice(vision, hooked, monkeypatch, tmp_path):
     path = tmp_path / "rollouts.jsonl"
     monkeypatch.setenv(ROLLOUTS_VARIABLE, str(path))
     hooked(SRPOConfig())
-    maker = vision.maker()
-    for seed in (0, 1):
-        maker.make_experience_batch(rollout(vision, seed=seed))
-    assert [line.step for line in read_rollouts(path)] == [0] * PROMPTS * SAMPLES + [1] * PROMPTS * SAMPLES
+
+    def steps(maker):
+        for seed in (0, 1):
+            train(maker, maker.make_experience_batch(rollout(vision, seed=seed)))
+        return [line.step for line in read_rollouts(path)][:: PROMPTS * SAMPLES]
+
+    resumed = {"ckpt": SimpleNamespace(load_enable=True)}
+    assert steps(vision.maker()) == [0, 1]
+    assert steps(vision.maker(**resumed)) == [0, 1, 7, 8]
+    assert steps(vision.maker(**resumed)) == [0, 1, 7, 8]
+    assert steps(vision.maker()) == [0, 1]

@@ -8,25 +8,51 @@ import textwrap
 import pytest
 
 MAKER = """
+class RayActorGroup:
+    def async_run_method(self, method_name, *args, **kwargs): ...
+    def async_run_method_batch(self, method_name, **kwargs): ...
+
 class RemoteExperienceMaker:
-    def make_experience(self, samples_list): ...
-    def compute_advantages_and_returns(self, experiences): ...
+    def __init__(self, actor_model_group, critic_model_group, reward_model_group, initial_model_group, kl_controller,
+                 strategy, tokenizer, **kwargs): ...
+    def make_experience_batch(self, rollout_samples): ...
     def _dispatch_forward(self, group, sync_condition, **kwargs): ...
     def _flatten_results(self, refs, duplicate_factor): ...
+
+class Experience:
+    def __init__(self, sequences=None, attention_mask=None, action_mask=None, action_log_probs=None, advantages=None,
+                 rewards=None, index=None, prompts=None, mm_train_inputs=None, info=None): ...
 """
+ACTOR = """
+class PolicyLoss:
+    def forward(self, log_probs, old_log_probs, advantages, action_mask=None): ...
+
+class PolicyModelActor:
+    def forward(self, sequences, action_mask=None, attention_mask=None, mm_train_inputs_list=None): ...
+    def append(self, experience): ...
+    def fit(self, kl_ctl=0): ...
+    def get_checkpoint_states(self): ...
+"""
+RAY = "def get(refs): ..."
 
 
 @pytest.fixture
 def run(tmp_path):
     """Runs Python code beside an ``openrlhf`` with the given experience maker."""
 
-    def _run(code, maker=MAKER):
-        file = tmp_path / "openrlhf/trainer/ppo_utils/experience_maker.py"
-        file.parent.mkdir(parents=True)
-        # Without these, an installed OpenRLHF would come first.
-        for folder in file.relative_to(tmp_path).parents[:-1]:
-            (tmp_path / folder / "__init__.py").touch()
-        file.write_text(maker)
+    def _run(code, maker=MAKER, actor=ACTOR):
+        for name, content in (
+            ("openrlhf/trainer/ppo_utils/experience_maker.py", maker),
+            ("openrlhf/trainer/ray/ppo_actor.py", actor),
+            ("openrlhf/utils/__init__.py", "def get_strategy(args): ..."),
+            ("ray.py", RAY),
+        ):
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Without these, an installed OpenRLHF would come first.
+            for folder in file.relative_to(tmp_path).parents[:-1]:
+                (tmp_path / folder / "__init__.py").touch()
+            file.write_text(content)
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
         command = [sys.executable, "-c", textwrap.dedent(code)]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -46,14 +72,15 @@ def test_the_worker_hook_imports_nothing(run):
     assert done.returncode == 0, done.stderr
 
 
-def test_methods_are_patched_on_import_and_once(run):
+def test_the_maker_is_patched_on_import_and_once(run):
     done = run("""
         from srpo_openrlhf import hooks
         hooks.install()
         hooks.install()
+        import openrlhf.trainer.ray.ppo_actor, openrlhf.utils
         from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker as Maker
-        for method in (Maker.make_experience, Maker.compute_advantages_and_returns):
-            assert hasattr(method, "__wrapped__") and not hasattr(method.__wrapped__, "__wrapped__"), method
+        method = Maker.make_experience_batch
+        assert hasattr(method, "__wrapped__") and not hasattr(method.__wrapped__, "__wrapped__"), method
         assert not hasattr(Maker._dispatch_forward, "__wrapped__")
     """)
     assert done.returncode == 0, done.stderr
@@ -65,8 +92,8 @@ def test_what_is_imported_already_is_patched_at_once_and_once(run):
         from srpo_openrlhf import hooks
         hooks.install()
         hooks.install()
-        assert hasattr(Maker.make_experience, "__wrapped__")
-        assert not hasattr(Maker.make_experience.__wrapped__, "__wrapped__")
+        assert hasattr(Maker.make_experience_batch, "__wrapped__")
+        assert not hasattr(Maker.make_experience_batch.__wrapped__, "__wrapped__")
     """)
     assert done.returncode == 0, done.stderr
 
@@ -74,15 +101,34 @@ def test_what_is_imported_already_is_patched_at_once_and_once(run):
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("make_experience(self, samples_list)", "make_experience(self, batch)", "takes (batch)"),
-        ("def _flatten_results", "def _gather", "is gone"),
+        ("make_experience_batch(self, rollout_samples)", "make_experience_batch(self, batch)", "but takes (batch)"),
+        ("make_experience_batch(self, rollout_samples)", "make_experience_batch(self, rollout_samples, step)", "step)"),
+        ("def _flatten_results", "def _gather", "but is gone"),
+        ("advantages=None", "token_advantages=None", "experience_maker.Experience must take"),
+        ("class RayActorGroup", "class ActorGroup", "RayActorGroup.async_run_method must take"),
+        ("old_log_probs, advantages,", "old_log_probs,", "ppo_actor.PolicyLoss.forward must take"),
+        ("def append", "def extend", "ppo_actor.PolicyModelActor.append must take (experience), but is gone"),
     ],
 )
 def test_a_changed_openrlhf_is_refused_with_the_supported_versions(run, old, new, problem):
+    assert old in MAKER + ACTOR
     done = run(
-        "from srpo_openrlhf import hooks; hooks.install(); import openrlhf.trainer.ppo_utils.experience_maker",
+        """
+        from srpo_openrlhf import hooks
+        hooks.install()
+        import openrlhf.trainer.ray.ppo_actor, openrlhf.trainer.ppo_utils.experience_maker
+        """,
         maker=MAKER.replace(old, new),
+        actor=ACTOR.replace(old, new),
     )
     assert done.returncode != 0
     assert "srpo_openrlhf needs openrlhf>=0.11.2,<0.12" in done.stderr
     assert problem in done.stderr
+
+
+def test_a_parameter_with_a_default_may_be_added(run):
+    done = run(
+        "from srpo_openrlhf import hooks; hooks.install(); import openrlhf.trainer.ray.ppo_actor",
+        actor=ACTOR.replace("experience)", "experience, priority=None)"),
+    )
+    assert done.returncode == 0, done.stderr

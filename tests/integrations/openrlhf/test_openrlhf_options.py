@@ -1,32 +1,17 @@
 """The command line and what is refused on it. Needs no OpenRLHF."""
 
+import json
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config, load_config, option_parser, parse_options
 from srpo_openrlhf.settings import check_arguments, check_config
 
 from srpo_core import RoleTags, SRPOConfig
-
-#: Fields of SRPOConfig that OpenRLHF has flags of its own for, and the one that only ema_rms reads.
-STOCK_FLAGS = {
-    "normalization",
-    "epsilon",
-    "surrogate",
-    "clip_low",
-    "clip_high",
-    "dual_clip",
-    "max_ratio",
-    "temperature_positive",
-    "temperature_negative",
-    "kl_coef",
-    "kl_estimator",
-    "reduction",
-    "scale_decay",
-}
+from srpo_core.options import adapter_options
 
 
 def stock_args(**changes):
@@ -56,12 +41,24 @@ def stock_args(**changes):
     return args
 
 
-def test_every_field_of_the_config_is_an_option_or_a_flag_of_openrlhf():
-    offered = {action.dest.removeprefix("srpo.") for action in option_parser()._actions}
-    tags = {"perception_tags", "reasoning_tags", "answer_tags"}
-    assert tags <= offered
-    assert (offered - tags - {"rollouts"}) | {"tags"} | STOCK_FLAGS == {field.name for field in fields(SRPOConfig)}
-    assert not offered & STOCK_FLAGS
+def test_the_options_are_those_of_the_core_and_a_file_for_the_rollouts():
+    actions = {action.dest.removeprefix("srpo."): action for action in option_parser()._actions}
+    assert list(actions) == ["rollouts", *adapter_options()]
+    hints = get_type_hints(SRPOConfig)
+    for name, field in adapter_options().items():
+        action = actions[name]
+        assert action.option_strings == [f"--srpo.{name}"]
+        assert action.default == field.default
+        assert action.help.replace("%%", "%").startswith(f"{field.metadata['help']} (default: ")
+        names = [kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) is Literal]
+        assert (action.choices or ()) == (get_args(names[0]) if names else ())
+
+
+@pytest.mark.parametrize("name", ["surrogate", "kl_coef", "normalization"])
+def test_what_openrlhf_has_flags_of_its_own_for_is_unknown(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_options([f"--srpo.{name}", "1"])
+    assert f"unknown option --srpo.{name}" in capsys.readouterr().err
 
 
 def test_without_options_the_config_is_the_default():
@@ -80,9 +77,9 @@ def test_the_file_for_rollouts_is_an_option_of_its_own():
     assert parse_options(["--srpo.rollouts", "a.jsonl", "--seed", "1"]) == (SRPOConfig(), "a.jsonl", ["--seed", "1"])
 
 
-def test_the_use_score_is_an_option():
-    config, _, _ = parse_options(["--srpo.use_spans", "4", "--srpo.use", "share"])
-    assert config == SRPOConfig(use_spans=4, use="share")
+def test_reliance_is_an_option():
+    config, _, _ = parse_options(["--srpo.reliance_spans", "4", "--srpo.reliance_mode", "share"])
+    assert config == SRPOConfig(reliance_spans=4, reliance_mode="share")
 
 
 def test_tags_are_options():
@@ -94,14 +91,20 @@ def test_tags_are_options():
     ("argv", "message"),
     [
         (["--srpo.strenght", "1"], "unknown option --srpo.strenght"),
-        (["--srpo.strength", "-1"], "strength"),
+        (["--srpo.strength", "-1"], "--srpo.strength must be at least 0, got -1"),
         (["--srpo.corruption", "blurr"], "invalid choice: 'blurr'"),
-        (["--srpo.corruption", "black", "--srpo.corruption_strength", "0.5"], "has no meaning for kind='black'"),
+        (["--srpo.weight_map", "tanh"], "invalid choice: 'tanh'"),
+        (["--srpo.corruption", "black", "--srpo.corruption_amount", "0.5"], "--srpo.corruption_amount has no meaning"),
+        (["--srpo.weight_map", "sigmoid", "--srpo.bound", "0.5"], "--srpo.weight_map 'exp_tanh' or"),
+        (["--srpo.scale_decay", "0.5"], "leave --srpo.scale_decay out"),
         (["--srpo.perception_tags", "<think>", "</see>"], "'<think>'"),
-        (["--srpo.answer_tags", "<answer>"], "answer must be two non-empty strings"),
-        (["--srpo.use_spans", "-1"], "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
-        (["--srpo.use_spans", "1.5"], "invalid int value: '1.5'"),
-        (["--srpo.use", "sum"], "invalid choice: 'sum'"),
+        (["--srpo.answer_tags", "<answer>"], "--srpo.answer_tags must be two non-empty strings"),
+        (["--srpo.reliance_spans", "-1"], "--srpo.reliance_spans must be at least 0, got -1"),
+        (["--srpo.reliance_spans", "1.5"], "invalid int value: '1.5'"),
+        (["--srpo.reliance_mode", "sum"], "invalid choice: 'sum'"),
+        (["--srpo.reliance_mode", "share"], "set --srpo.reliance_spans to the number of spans"),
+        (["--srpo.visual_score", "full_kl"], "--srpo.visual_score='full_kl' compares full distributions"),
+        (["--srpo.consistency_score", "jsd"], "--srpo.consistency_score='jsd' compares full distributions"),
     ],
 )
 def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
@@ -112,9 +115,10 @@ def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
 
 
 def test_options_reach_the_workers(monkeypatch):
-    config = SRPOConfig(tags=RoleTags(answer=None), strength=0.25, corruption_strength=0.5, use_spans=3)
+    config = SRPOConfig(answer_tags=None, strength=0.1, corruption_amount=0.5, reliance_spans=3)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
     assert load_config() == config
+    assert set(json.loads(dump_config(config))) == set(adapter_options())
 
 
 def test_a_worker_without_options_says_how_to_start(monkeypatch):
@@ -135,10 +139,7 @@ def test_good_settings_pass():
     [
         ({"corruption": "none"}, "pass black or patch_mask"),
         ({"counterfactual": "mask"}, "pass drop"),
-        ({"visual_score": "full_kl"}, "pass log_ratio"),
-        ({"consistency_score": "jsd"}, "pass log_ratio"),
         ({"scale": "ema_rms"}, "pass batch_rms"),
-        ({"use": "share"}, "pass --srpo.use_spans"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused(option, sentence):

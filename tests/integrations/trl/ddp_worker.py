@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from training import make_dataset, make_trainer
+from training import make_dataset, make_trainer, watching
 
 ROWS = 8
 SCENARIOS = {
     "groups_on_one_rank": {"num_generations": 4},
     "groups_over_both_ranks": {"num_generations": 8, "srpo_scale": "batch_rms"},
     "two_micro_batches": {"num_generations": 4, "gradient_accumulation_steps": 2, "srpo_scale": "ema_rms"},
-    "use_score": {"num_generations": 8, "srpo_use_spans": 3},
+    "reliance": {"num_generations": 8, "srpo_reliance_spans": 3},
 }
 
 
@@ -31,16 +31,12 @@ def main(folder: str, processes: int) -> None:
             **options,
         )
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-        credits = []
-        log = trainer._srpo_log
-        trainer._srpo_log = lambda rollouts, credit, *rest, log=log, credits=credits: (
-            credits.append(credit) or log(rollouts, credit, *rest)
-        )
-        trainer.train()
+        with watching() as made:
+            trainer.train()
         if trainer.accelerator.is_main_process:
             result = {
-                "weights": credits[0].weights,
-                "advantages": credits[0].advantages,
+                "weights": made[0].credit.weights,
+                "advantages": made[0].credit.advantages,
                 "gradient": [b - after for b, after in zip(before, trainer.model.parameters(), strict=True)],
                 "metrics": {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("srpo/")},
             }

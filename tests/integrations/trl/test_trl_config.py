@@ -1,84 +1,118 @@
 """Options as flat fields, from code, YAML and the command line; and what is refused, when and with which words."""
 
 import dataclasses
-from typing import get_type_hints
+import logging
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import yaml
 from srpo_trl import SRPOConfig, SRPOMixin, SRPOTrainer
 from training import Rollouts, make_dataset, make_trainer, rollout_batch
 from trl import GRPOConfig, TrlParser
 
 import srpo_core
+from srpo_core import options
+from srpo_core.options import adapter_options
 
-OURS = {"rollouts"}  # where to write what: not an option of the method
-TAGS = {"perception_tags", "reasoning_tags", "answer_tags"}
-# What TRL has options of its own for.
-TRLS = {"normalization", "epsilon", "surrogate", "clip_low", "clip_high", "dual_clip", "max_ratio"}
-TRLS |= {"temperature_positive", "temperature_negative", "kl_coef", "kl_estimator", "reduction"}
+CORE = {f"srpo_{name}": field for name, field in adapter_options().items()}
+OURS = {"srpo_rollouts"}  # where to write what: not an option of the method
+AS_LISTS = {"srpo_perception_tags", "srpo_reasoning_tags", "srpo_answer_tags"}
+OR_A_FUNCTION = {"srpo_baseline": options.Baseline, "srpo_weight_map": options.WeightMap}
 
 
 def flat_fields():
-    return {f.name.removeprefix("srpo_"): f for f in dataclasses.fields(SRPOConfig) if f.name.startswith("srpo_")}
+    return {field.name: field for field in dataclasses.fields(SRPOConfig) if field.name.startswith("srpo_")}
 
 
-def test_fields_are_those_of_the_core_and_no_others():
-    core = {field.name for field in dataclasses.fields(srpo_core.SRPOConfig)}
-    assert set(flat_fields()) - TAGS - OURS == core - TRLS - {"tags"}
+def test_fields_are_exactly_the_options_that_the_core_offers_to_adapters():
+    assert set(flat_fields()) - OURS == set(CORE)
+    trl = {field.name for field in dataclasses.fields(GRPOConfig)}
+    assert {field.name for field in dataclasses.fields(SRPOConfig)} == trl | set(CORE) | OURS
 
 
-def test_defaults_and_types_are_those_of_the_core(tmp_path):
-    config = SRPOConfig(str(tmp_path), use_cpu=True)
-    assert config.srpo_options() == srpo_core.SRPOConfig()
-    ours, core = get_type_hints(SRPOConfig), get_type_hints(srpo_core.SRPOConfig)
-    for name in set(flat_fields()) - TAGS - OURS - {"visual_score", "consistency_score"}:
-        assert ours[f"srpo_{name}"] == core[name], name
-
-
-def test_every_field_says_what_it_is():
+def test_helps_and_defaults_are_those_of_the_core(tmp_path):
     for name, field in flat_fields().items():
-        assert len(field.metadata["help"]) > 10, name
+        assert set(field.metadata) == {"help"}, name  # the parser gives all metadata to argparse
+        if name not in OURS:
+            assert field.metadata["help"] == CORE[name].metadata["help"]
+            default = list(CORE[name].default) if name in AS_LISTS else CORE[name].default
+            assert (field.default_factory() if name in AS_LISTS else field.default) == default, name
+    assert SRPOConfig(str(tmp_path), use_cpu=True).srpo_options() == srpo_core.SRPOConfig()
 
 
-def test_fields_are_read_from_the_command_line(tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--srpo_strength", "0.5", "--srpo_corruption", "blur"]
-    arguments += ["--srpo_corruption_strength", "4", "--srpo_perception_tags", "<see>", "</see>"]
-    arguments += ["--srpo_use_spans", "4", "--srpo_use", "share"]
+def test_types_are_those_of_the_core_as_far_as_a_command_line_can_write_them():
+    ours, core = get_type_hints(SRPOConfig), get_type_hints(srpo_core.SRPOConfig)
+    for name in CORE:
+        expected = list[str] if name in AS_LISTS else OR_A_FUNCTION.get(name, core[name.removeprefix("srpo_")])
+        assert ours[name] == expected, name
+
+
+def test_two_configs_share_no_list(tmp_path):
+    one, other = (SRPOConfig(str(tmp_path), use_cpu=True) for _ in range(2))
+    one.srpo_perception_tags[0] = "<see>"
+    assert other.srpo_perception_tags[0] == "<perception>"
+
+
+def not_the_default(name, hint):
+    """A value that is not the default of an option, in the words of a command line."""
+    if name in AS_LISTS:
+        return [f"<{name}>", f"</{name}>"]
+    if get_origin(hint) is Literal:
+        return [next(choice for choice in get_args(hint) if choice != CORE[name].default)]
+    return ["3"] if hint is int else ["0.25"]
+
+
+# Some options are read only under one value of another one, or only beside it.
+BESIDE = {"srpo_reliance_mode": {"srpo_reliance_spans": 2}, "srpo_scale_decay": {"srpo_scale": "ema_rms"}}
+
+
+@pytest.mark.parametrize("source", ["command line", "yaml"])
+@pytest.mark.parametrize("name", CORE)
+def test_every_field_is_read(tmp_path, name, source):
+    written = not_the_default(name, get_type_hints(SRPOConfig)[name])
+    values = {"output_dir": str(tmp_path), "use_cpu": True, **BESIDE.get(name, {})}
+    if source == "yaml":
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(values | {name: written if name in AS_LISTS else yaml.safe_load(written[0])}))
+        arguments = ["--config", str(file)]
+    else:
+        arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))] + [
+            f"--{name}",
+            *written,
+        ]
     (config,) = TrlParser(SRPOConfig).parse_args_and_config(arguments)
-    options = config.srpo_options()
-    assert (options.strength, options.corruption, options.corruption_strength) == (0.5, "blur", 4.0)
-    assert options.tags.perception == ("<see>", "</see>")
-    assert (options.use_spans, options.use) == (4, "share")
+    found = getattr(config.srpo_options(), name.removeprefix("srpo_"))
+    assert found != CORE[name].default
+    assert [str(part) for part in (found if name in AS_LISTS else [found])] == written
 
 
-def test_fields_are_read_from_yaml(tmp_path):
+def test_answers_may_have_no_tags(tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path}\nuse_cpu: true\nsrpo_strength: 0\nsrpo_counterfactual: drop\nsrpo_answer_tags: []\n"
-        "srpo_mix_warmup_steps: 10\n"
-    )
+    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nsrpo_answer_tags: []\n")
     (config,) = TrlParser(SRPOConfig).parse_args_and_config(["--config", str(file)])
-    options = config.srpo_options()
-    assert (options.strength, options.counterfactual, options.mix_warmup_steps) == (0, "drop", 10)
-    assert options.tags.answer is None
+    assert config.srpo_options().tags.answer is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"srpo_corruption": "blurr"}, "corruption must be one of 'patch_mask', 'black'"),
-        ({"srpo_corruption_strength": 1.5}, r"strength of kind='patch_mask' must be in \(0, 1\]"),
-        ({"srpo_strength": -1.0}, "strength must be in"),
-        ({"srpo_counterfactual": "replace"}, "counterfactual must be one of 'swap', 'drop', 'mask'"),
-        ({"srpo_visual_score": "full_kl"}, "srpo_visual_score must be one of .* got 'full_kl': TRL returns"),
-        ({"srpo_perception_tags": ["<see>"]}, "perception must be two non-empty strings"),
+        ({"srpo_corruption": "blurr"}, "^srpo_corruption must be one of 'patch_mask', 'black'"),
+        ({"srpo_corruption_amount": 1.5}, r"^srpo_corruption_amount of kind 'patch_mask' must be in \(0, 1\]"),
+        ({"srpo_strength": -1.0}, "^srpo_strength must be at least 0"),
+        ({"srpo_counterfactual": "replace"}, "^srpo_counterfactual must be one of 'swap', 'drop', 'mask'"),
+        ({"srpo_perception_tags": ["<see>"]}, "^srpo_perception_tags must be"),
         ({"srpo_perception_tags": ["<think>", "</see>"]}, "each tag must mean one thing"),
+        ({"srpo_mix": 2.0}, "^srpo_mix must be in"),
+        ({"srpo_bound": 0.5, "srpo_weight_map": "sigmoid"}, "only srpo_weight_map 'exp_tanh' or .* reads it"),
+        ({"srpo_reliance_spans": -1}, "^srpo_reliance_spans must be at least 0, got -1"),
+        ({"srpo_reliance_spans": 1.5}, "^srpo_reliance_spans must be a whole number at least 0, got 1.5"),
+        ({"srpo_reliance_spans": 2, "srpo_reliance_mode": "sum"}, "^srpo_reliance_mode must be one of 'product'"),
+        # What the core can do, and TRL cannot.
+        ({"srpo_reliance_mode": "share"}, "srpo_reliance_spans=0 measures none: set srpo_reliance_spans"),
+        ({"srpo_visual_score": "full_kl"}, "^srpo_visual_score='full_kl' compares full distributions"),
+        ({"srpo_consistency_score": "jsd"}, "^srpo_consistency_score='jsd' compares full distributions"),
         ({"importance_sampling_level": "sequence"}, "set importance_sampling_level='token'"),
-        ({"srpo_mix": 2.0}, "mix must be in"),
-        ({"srpo_use_spans": -1}, "use_spans must be a whole number of at least 0, got -1; pass 0 for no use score"),
-        ({"srpo_use_spans": 1.5}, "use_spans must be a whole number of at least 0, got 1.5"),
-        ({"srpo_use_spans": 2, "srpo_use": "sum"}, "use must be one of 'product', 'share', got 'sum'"),
-        ({"srpo_use": "share"}, "srpo_use_spans=0 makes none: set srpo_use_spans to the number of spans"),
     ],
 )
 def test_a_wrong_option_is_refused_when_the_config_is_made(tmp_path, options, message):
@@ -96,7 +130,7 @@ def test_trls_own_config_is_refused():
 
 
 def test_liger_is_refused_below_trl_1_14(monkeypatch):
-    monkeypatch.setattr("srpo_trl.trainer.version", lambda name: "1.13.0")
+    monkeypatch.setattr("srpo_trl.upstream.version", lambda name: "1.13.0")
     with pytest.raises(ValueError, match="use_liger_kernel=True takes one advantage per response"):
         make_trainer(use_liger_kernel=True)
 
@@ -120,11 +154,13 @@ def test_responses_without_tags_that_nobody_asked_for_are_refused_at_the_first_b
         rollout_batch(make_trainer(rollouts=Untagged()))
 
 
-def test_responses_without_tags_train_as_grpo_where_the_prompt_asks_for_them():
+def test_responses_without_tags_train_as_grpo_where_the_prompt_asks_for_them(caplog):
     question = "Describe what you see between <perception> and </perception>."
     dataset = make_dataset().map(lambda row: {"prompt": [{"role": "user", "content": question}]})
-    batch = rollout_batch(make_trainer(rollouts=Untagged(), dataset=dataset))
+    with caplog.at_level(logging.WARNING, logger="srpo_core"):
+        batch = rollout_batch(make_trainer(rollouts=Untagged(), dataset=dataset))
     assert batch["advantages"].ndim == 2
+    assert "all weights are 1 until the model answers as the prompts ask" in caplog.text
     rollout_batch(make_trainer(rollouts=Untagged(), srpo_strength=0.0))  # a baseline run is never refused
 
 
@@ -140,12 +176,15 @@ def test_a_template_that_opens_a_block_itself_is_refused_at_the_first_batch():
         rollout_batch(make_trainer(rollouts=Opened(), dataset=dataset))
 
 
-def test_other_image_with_one_prompt_is_refused_at_the_first_batch_and_tolerated_later():
-    trainer = make_trainer(srpo_corruption="other_image")
-    with pytest.raises(ValueError, match="kind='other_image' left images .* as they were"):
-        rollout_batch(trainer)
-    trainer._srpo_is_first = False
-    assert torch.isfinite(rollout_batch(trainer)["advantages"]).all()
+def test_other_image_with_one_prompt_is_refused_at_the_first_batch_and_counted_later():
+    with pytest.raises(ValueError, match="corruption='other_image' left all 4 images of the first batch as they were"):
+        rollout_batch(make_trainer(srpo_corruption="other_image"))
+    trainer, rows = make_trainer(srpo_corruption="other_image", per_device_train_batch_size=8), make_dataset(2)
+    for prompts in ([0, 1], [0, 0]):
+        assert torch.isfinite(
+            rollout_batch(trainer, [rows[row] for row in prompts for _ in range(4)])["advantages"]
+        ).all()
+    assert trainer._metrics["train"]["srpo/corruption/unchanged"] == [0.0, 1.0]
 
 
 def test_without_arguments_the_config_is_srpos_default(monkeypatch, tmp_path):
@@ -154,7 +193,7 @@ def test_without_arguments_the_config_is_srpos_default(monkeypatch, tmp_path):
         use_cpu: bool = True
 
     class Parent:
-        _generate_and_score_completions = _get_per_token_logps_and_entropies = print
+        _generate_and_score_completions = _get_per_token_logps_and_entropies = _compute_loss = print
 
         def __init__(self, model, reward_funcs, args):
             raise StopIteration(args)

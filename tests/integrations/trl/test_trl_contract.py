@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from srpo_trl.contexts import VISION_KEYS
-from srpo_trl.trainer import check_upstream
-from training import make_trainer, rollout_batch
+from srpo_trl import SRPOTrainer
+from srpo_trl.upstream import RELIED_ON, VISION_KEYS, check_upstream
+from training import make_trainer, rollout_batch, train
 from trl import GRPOTrainer
 
 
@@ -35,8 +35,15 @@ def test_trl_log_prob_function_takes_no_vision_key_we_do_not_pass():
     assert set(parameters) <= known
 
 
-def test_trl_rollout_batch_still_has_the_keys_we_read(batch):
-    assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"} <= set(batch)
+def test_trl_still_has_every_name_we_rely_on(batch):
+    trainer = make_trainer(GRPOTrainer)
+    for where, found in (
+        ("trainer class", GRPOTrainer),
+        ("trainer", trainer),
+        ("completion log", trainer._logs),
+        ("rollout batch", batch),
+    ):
+        check_upstream(where, found)
     assert {"pixel_values", "image_grid_thw", "num_images"} <= set(batch)
     assert batch["completion_ids"].shape == batch["completion_mask"].shape == batch["old_per_token_logps"].shape
 
@@ -72,14 +79,55 @@ def test_trl_model_card_still_reads_paper_name_and_tags():
         assert hasattr(GRPOTrainer, name)
 
 
-@pytest.mark.parametrize("hook", ["_generate_and_score_completions", "_get_per_token_logps_and_entropies"])
-def test_a_trl_without_our_hook_is_refused_at_start_up(hook):
-    moved = type("Moved", (), {name: print for name in ("_generate_and_score_completions",) if name != hook})
-    with pytest.raises(ImportError, match=hook):
-        check_upstream(moved)
+@pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in RELIED_ON.items() for name in names])
+def test_a_trl_without_a_name_we_rely_on_is_refused_with_the_versions(where, name):
+    found = dict.fromkeys(other for other in RELIED_ON[where] if other != name)
+    for has_the_others in (found, type("Moved", (), found)):
+        with pytest.raises(ImportError, match=rf"TRL's {where} has no {name}, .* trl 1\.\d+.* tested with trl 1\.0 to"):
+            check_upstream(where, has_the_others)
+
+
+@pytest.mark.parametrize("where", RELIED_ON)
+def test_a_trainer_looks_for_the_names_before_it_trains(monkeypatch, where):
+    monkeypatch.setitem(RELIED_ON, where, ("no_such_name",))
+    with pytest.raises(ImportError, match=f"TRL's {where} has no no_such_name"):
+        rollout_batch(make_trainer())
 
 
 def test_an_unsupported_trl_is_refused_at_start_up(monkeypatch):
-    monkeypatch.setattr("srpo_trl.trainer.version", lambda name: "1.15.0")
+    monkeypatch.setattr("srpo_trl.upstream.version", lambda name: "1.15.0")
     with pytest.raises(ImportError, match=r"trl 1\.15\.0 is not supported: pip install 'trl.*1\.0"):
         make_trainer()
+
+
+class OneAdvantageEach(SRPOTrainer):
+    """As if TRL reduced the advantages of a batch before its loss."""
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        return inputs | {"advantages": inputs["advantages"].mean(1)}
+
+
+class AnotherLoss(SRPOTrainer):
+    """As if TRL took its loss from elsewhere, and left the one that we know of behind."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return GRPOTrainer._compute_loss(self, model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "found"),
+    [(OneAdvantageEach, "was given one advantage per response"), (AnotherLoss, "was never called")],
+)
+def test_a_loss_that_never_sees_the_weights_stops_the_run_in_its_first_step(trainer_class, found):
+    trainer = make_trainer(trainer_class)
+    with pytest.raises(
+        RuntimeError, match=rf"_compute_loss {found}, .* plain GRPO.* trl 1\.\d+.* tested with trl 1\.0"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_weights_that_reach_the_loss_are_no_error_later_either():
+    losses, _ = train(make_trainer(num_iterations=2, gradient_accumulation_steps=2))
+    assert len(losses) == 3

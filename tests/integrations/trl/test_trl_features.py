@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas
@@ -9,11 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from srpo_trl import SRPOMixin, SRPOTrainer
-from training import Rollouts, make_dataset, make_trainer, rollout_batch, train
+from training import Rollouts, make_dataset, make_trainer, rollout_batch, train, watching
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from srpo_core import BrokenReason
+from srpo_core.tags import BrokenReason
 
+SCORE = "_get_per_token_logps_and_entropies"
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)}
 
 
@@ -55,7 +58,7 @@ FEATURES = {
     "padding": {"pad_to_multiple_of": 16},
     "off_policy_masking": {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
     "tags_of_several_tokens": {"tags_as_tokens": False},
-    "use_score": {"srpo_use_spans": 3, "srpo_use": "share"},
+    "reliance": {"srpo_reliance_spans": 3, "srpo_reliance_mode": "share"},
 }
 
 
@@ -114,27 +117,22 @@ def test_strength_0_is_grpo_with_vllm_importance_sampling():
 
 
 def test_tool_outputs_have_no_weight_and_are_no_role():
-    trainer = make_trainer(rollouts=ToolRollouts())
-    seen = []
-    log = trainer._srpo_log
-    trainer._srpo_log = lambda rollouts, credit, *rest: seen.append((rollouts, credit)) or log(rollouts, credit, *rest)
-    batch = rollout_batch(trainer)
-    (rollouts, credit), outputs = seen[0], batch["completion_mask"].bool() & ~batch["tool_mask"].bool()
+    with watching() as made:
+        batch = rollout_batch(make_trainer(rollouts=ToolRollouts()))
+    (rollouts, _, _, credit), outputs = made[0], batch["completion_mask"].bool() & ~batch["tool_mask"].bool()
     assert outputs.sum(1).tolist() == [3] * 4
     assert not credit.weights[outputs].any()
-    assert not rollouts.roles[outputs].any()
+    assert not rollouts.segmentation.roles[outputs].any()
     assert (credit.weights[~outputs & batch["completion_mask"].bool()] > 0).all()
 
 
 def test_masked_truncated_responses_leave_the_mean_of_the_others_at_one():
-    trainer = make_trainer(mask_truncated_completions=True)
-    seen = []
-    trainer._srpo_log = lambda rollouts, credit, *rest: seen.append((rollouts, credit))
-    batch = rollout_batch(trainer)
-    rollouts, credit = seen[0]
+    with watching() as made:
+        batch = rollout_batch(make_trainer(mask_truncated_completions=True))
+    rollouts, _, _, credit = made[0]
     assert batch["completion_mask"].any(1).tolist() == [True, True, True, False]
     assert not credit.weights[3].any()
-    weighted = rollouts.mask & (rollouts.roles > 0)
+    weighted = rollouts.mask & (rollouts.segmentation.roles > 0)
     means = (credit.weights * weighted).sum(1)[:3] / weighted.sum(1)[:3]
     torch.testing.assert_close(means, torch.ones(3))
 
@@ -163,7 +161,7 @@ def before_and_after(monkeypatch):
 @pytest.mark.parametrize("counterfactual", ["swap", "drop", "mask"])
 def test_random_state_batch_and_modes_are_unchanged_by_the_hook(before_and_after, corruption, counterfactual):
     states, capture = before_and_after
-    options = {"srpo_use_spans": 2} if counterfactual == "drop" else {}
+    options = {"srpo_reliance_spans": 2} if counterfactual == "drop" else {}
     options |= {"srpo_corruption": corruption, "srpo_counterfactual": counterfactual}
     trainer = make_trainer(num_iterations=2, **options)
     frozen = next(module for module in trainer.model.modules() if type(module).__name__.endswith("Attention"))
@@ -184,20 +182,22 @@ def test_random_state_batch_and_modes_are_unchanged_by_the_hook(before_and_after
 
 def test_passes_no_more_than_needed():
     def passes(**options):
-        trainer = make_trainer(**options)
-        calls = []
-        score = trainer._srpo_log_probs
-        trainer._srpo_log_probs = lambda *args: calls.append(1) or score(*args)
-        rollout_batch(trainer)
-        return len(calls)
+        """Calls of TRL's log-prob function for a rollout batch, beyond TRL's own."""
+        counts = []
+        for trainer_class in (SRPOTrainer, GRPOTrainer):
+            trainer = make_trainer(trainer_class, **options)
+            with mock.patch.object(trainer, SCORE, side_effect=trainer._get_per_token_logps_and_entropies) as score:
+                rollout_batch(trainer)
+            counts.append(score.call_count)
+        return counts[0] - counts[1]
 
     assert passes() == 3
     assert passes(num_iterations=2) == 2  # TRL has scored the responses already
     assert passes(dataset=make_dataset(images_per_row=lambda row: 0), num_iterations=2) == 1
-    assert passes(srpo_use_spans=4) == 7
-    # Where it could change no weight, the use score is not made.
-    assert passes(srpo_use_spans=4, srpo_strength=0.0) == 3
-    assert passes(srpo_use_spans=4, dataset=make_dataset(images_per_row=lambda row: 0)) == 2
+    assert passes(srpo_reliance_spans=4) == 7
+    # Where it could change no weight, reliance is not measured.
+    assert passes(srpo_reliance_spans=4, srpo_strength=0.0) == 3
+    assert passes(srpo_reliance_spans=4, dataset=make_dataset(images_per_row=lambda row: 0)) == 2
 
 
 def test_old_log_probs_are_not_reused_where_dropout_made_them_random():
@@ -205,12 +205,13 @@ def test_old_log_probs_are_not_reused_where_dropout_made_them_random():
     for module in trainer.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3
-    calls = []
-    score = trainer._srpo_log_probs
-    trainer._srpo_log_probs = lambda *args: calls.append(score(*args)) or calls[-1]
-    batch = rollout_batch(trainer)
-    assert len(calls) == 3
-    assert not torch.allclose(calls[0], batch["old_per_token_logps"])
+    with watching() as made:
+        batch = rollout_batch(trainer)
+    own = made[0].passes[0]
+    assert not torch.allclose(own, batch["old_per_token_logps"])
+    with watching() as made:
+        rollout_batch(make_trainer())
+    assert torch.equal(own, made[0].passes[0])  # in eval mode, so that contrasts hold no noise
 
 
 def test_metrics_have_every_name_the_docs_list():
@@ -219,7 +220,7 @@ def test_metrics_have_every_name_the_docs_list():
     names = [f"weight/{role}/{what}" for role in ("perception", "reasoning") for what in ("mean", "min", "max", "mass")]
     names += ["score/perception/mean", "score/reasoning/mean", "structured/fraction", "broken/fraction"]
     names += [f"broken/{reason.name.lower()}" for reason in BrokenReason if reason]
-    names += ["swap/coverage", "advantage/zero", "advantage/cosine", "seconds"]
+    names += ["swap/coverage", "advantage/zero", "advantage/cosine", "corruption/unchanged", "seconds"]
     logged = trainer.state.log_history[0]
     assert {f"srpo/{name}" for name in names} <= set(logged)
     assert logged["srpo/structured/fraction"] == logged["srpo/swap/coverage"] == 1.0
@@ -238,13 +239,11 @@ def test_malformed_responses_are_counted_by_reason_and_keep_weight_one():
             return output
 
     trainer = make_trainer(rollouts=Broken(), max_steps=1)
-    credits = []
-    log = trainer._srpo_log
-    trainer._srpo_log = lambda rollouts, credit, *rest: credits.append(credit) or log(rollouts, credit, *rest)
-    trainer.train()
+    with watching() as made:
+        trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["srpo/broken/nested"] == logged["srpo/broken/fraction"] == 0.25
-    assert set(credits[0].weights[0].tolist()) == {0.0, 1.0}
+    assert set(made[0].credit.weights[0].tolist()) == {0.0, 1.0}
 
 
 def test_zero_advantages_are_noted():
@@ -279,13 +278,10 @@ def test_a_resumed_run_has_identical_weights_and_parameters(tmp_path, scale):
 
     def run(calls, resume=None, **saving):
         trainer = make_trainer(rollouts=Rollouts(calls=calls), **options, **saving)
-        weights = []
-        log = trainer._srpo_log
-        trainer._srpo_log = lambda rollouts, credit, *rest: (
-            weights.append(credit.weights) or log(rollouts, credit, *rest)
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return weights, [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        with watching() as made:
+            trainer.train(resume_from_checkpoint=resume)
+        parameters = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        return [credit.weights for *_, credit in made], parameters
 
     whole, parameters = run(0, save_strategy="steps", save_steps=2)
     rest, resumed = run(2, str(tmp_path / "checkpoint-2"))
@@ -296,21 +292,18 @@ def test_a_resumed_run_has_identical_weights_and_parameters(tmp_path, scale):
 
 
 def test_moving_average_of_the_scale_would_be_missed():
-    # The resumed run above must fail without its saved average: the same steps from no average weigh differently.
+    # The resumed run above must fail without its saved average: the same steps from no average give other weights.
+    class Forgetful(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            memory.sums = None
+
     weights = []
-    for forget in (False, True):
-        trainer = make_trainer(srpo_scale="ema_rms", max_steps=2)
-        log = trainer._srpo_log
-
-        def watch(rollouts, credit, *rest, trainer=trainer, log=log, forget=forget):
-            weights.append(credit.weights)
-            log(rollouts, credit, *rest)
-            if forget:
-                memory = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_ScaleMemory")
-                memory.sums = None
-
-        trainer._srpo_log = watch
-        trainer.train()
+    for callbacks in ([], [Forgetful()]):
+        trainer = make_trainer(srpo_scale="ema_rms", max_steps=2, callbacks=callbacks)
+        memory = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_ScaleMemory")
+        with watching() as made:
+            trainer.train()
+        weights += [credit.weights for *_, credit in made]
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[1], weights[3])
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training import make_trainer, rollout_batch
+from training import make_trainer, rollout_batch, watching
 from trl import GRPOTrainer
 
 CLIP, BETA = 0.2, 0.04
@@ -55,10 +55,9 @@ def test_strength_1_gradient_is_that_of_a_hand_written_weighted_loss(loss_type, 
     advantages = rollout_batch(make_trainer(GRPOTrainer, **options))["advantages"]  # the same rollouts, unweighted
 
     trainer = make_trainer(srpo_strength=1.0, **options)
-    credits = []
-    trainer._srpo_log = lambda rollouts, credit, *rest: credits.append(credit)
-    batch = rollout_batch(trainer)
-    weights = credits[0].weights
+    with watching() as made:
+        batch = rollout_batch(trainer)
+    weights = made[0].credit.weights
     trainer.current_gradient_accumulation_steps = 1
     with torch.no_grad():  # a second iteration: ratios off 1, some beyond the clip
         torch.manual_seed(1)

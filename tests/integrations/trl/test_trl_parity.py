@@ -34,7 +34,7 @@ def test_the_comparison_can_fail(loss_type):
 
 
 def test_strength_0_is_grpo_with_old_log_probs_and_accumulation():
-    # One generation batch feeds two optimiser steps of two micro-batches: old log-probs exist and are reused.
+    # One generation batch feeds two optimizer steps of two micro-batches: old log-probs exist and are reused.
     assert_identical(
         per_device_train_batch_size=2, gradient_accumulation_steps=2, steps_per_generation=4, loss_type="dapo"
     )

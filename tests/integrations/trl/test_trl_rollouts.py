@@ -3,55 +3,56 @@
 import pytest
 import torch
 from srpo_trl import SRPOTrainer
-from training import make_trainer
+from training import Rollouts, make_trainer, watching
 from typer.testing import CliRunner
 
-from srpo_core.commands import app
-from srpo_core.rollouts import read_rollouts
-from srpo_core.summaries import CreditOptions, score_rollouts
+from srpo_core.cli.app import app
+from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
 
 def train(folder, *, steps=2, **options):
-    """Train, and return the file and what the trainer kept of each batch."""
-    path, batches = folder / "rollouts.jsonl", []
+    """Train, and return the file and what the core was given and made of each batch."""
+    path = folder / "rollouts.jsonl"
     trainer = make_trainer(max_steps=steps, srpo_rollouts=str(path), **options)
-    write = trainer._srpo_write
-    trainer._srpo_write = lambda *args: batches.append(args) or write(*args)
-    trainer.train()
-    return path, batches, trainer
+    with watching() as made:
+        trainer.train()
+    return path, made, trainer
 
 
-@pytest.mark.parametrize("options", [{}, {"srpo_strength": 0.0}, {"srpo_use_spans": 2}])
+@pytest.mark.parametrize("options", [{}, {"srpo_strength": 0.0}, {"srpo_reliance_spans": 2}])
 def test_every_training_batch_is_in_the_file_as_it_was_trained_on(tmp_path, options):
-    path, batches, trainer = train(tmp_path, **options)
+    path, made, trainer = train(tmp_path, **options)
     written = list(read_rollouts(path))
-    assert len(batches) == 2
-    assert len(written) == sum(len(rollouts.mask) for rollouts, *_ in batches)
+    tokenizer = trainer.processing_class.tokenizer
+    assert len(made) == 2
+    assert len(written) == sum(len(advantages) for _, _, advantages, _ in made)
     place = 0
-    for step, (rollouts, credit, _, views) in enumerate(batches):
-        for row, mask in enumerate(rollouts.mask):
+    for step, (batch, (own, corrupted, *_), advantages, credit) in enumerate(made):
+        for row, mask in enumerate(batch.mask):
             line = written[place]
-            ids = rollouts.token_ids[row][mask].tolist()
-            assert line.text == trainer._srpo_tokenizer.decode(ids)
+            ids = batch.token_ids[row][mask].tolist()
+            assert line.text == tokenizer.decode(ids)
             assert line.step == step
+            assert line.swapped == (credit.donors[row] >= 0)
             for name, values in (
-                ("old_log_probs", views.log_probs),
-                ("corrupted_log_probs", views.corrupted_log_probs),
-                ("counterfactual_log_probs", views.counterfactual_log_probs),
+                ("old_log_probs", own),
+                ("corrupted_log_probs", corrupted),
+                ("counterfactual_log_probs", credit.counterfactual_log_probs),
+                ("scores", credit.scores),
                 ("weights", credit.weights),
             ):
                 found = torch.as_tensor(getattr(line, name), dtype=torch.float32)
                 torch.testing.assert_close(found, values[row][mask], atol=1e-4, rtol=0)
-            text = line.text.removesuffix(trainer._srpo_tokenizer.eos_token)
+            text = line.text.removesuffix(tokenizer.eos_token)
             assert line.reward == sum(letter in "aeiou" for letter in text)
-            assert line.advantage == pytest.approx(rollouts.advantages[row].item(), abs=1e-4)
+            assert line.advantage == pytest.approx(advantages[row].item(), abs=1e-4)
             assert "it" in line.prompt or "count" in line.prompt
             assert (path.parent / line.image).is_file()
             place += 1
 
 
 def test_the_commands_show_it(tmp_path):
-    path, batches, _ = train(tmp_path)
+    path, made, _ = train(tmp_path)
     for arguments in (
         ["report", str(path), "-o", str(tmp_path / "report.html")],
         ["show", str(path), "--index", "1"],
@@ -61,26 +62,29 @@ def test_the_commands_show_it(tmp_path):
         shown = CliRunner().invoke(app, arguments)
         assert shown.exit_code == 0, (arguments, shown.output)
     # With the trainer's options the recorded log-probs give the weights that it trained with.
-    weights = [
-        row[mask] for rollouts, credit, *_ in batches for row, mask in zip(credit.weights, rollouts.mask, strict=True)
-    ]
-    for scored, expected in zip(
-        score_rollouts(read_rollouts(path), CreditOptions(recompute=True)), weights, strict=True
-    ):
+    weights = [row[mask] for batch, *_, credit in made for row, mask in zip(credit.weights, batch.mask, strict=True)]
+    scored_again = score_rollouts(read_rollouts(path), ScoringOptions(recompute=True))
+    for scored, expected in zip(scored_again, weights, strict=True):
         torch.testing.assert_close(torch.as_tensor(scored.weights).float(), expected, atol=1e-3, rtol=0)
 
 
-def test_a_resumed_run_appends_and_a_new_one_replaces(tmp_path):
-    output = str(tmp_path / "checkpoints")
-    options = {"output_dir": output, "save_strategy": "steps", "save_steps": 1}
-    path, _, _ = train(tmp_path, steps=1, **options)
-    first = path.read_text()
-    trainer = make_trainer(max_steps=2, srpo_rollouts=str(path), **options)
-    trainer.train(resume_from_checkpoint=True)
-    assert path.read_text().startswith(first)
-    assert len(path.read_text()) > len(first)
+def test_a_resumed_run_leaves_the_file_of_a_run_that_was_never_interrupted(tmp_path):
+    # Qwen3-VL: transformers 5.23 resumes Qwen2.5-VL without the weights it saved under other names.
+    options = {"family": "qwen3_vl", "output_dir": str(tmp_path / "checkpoints"), "max_steps": 3}
+    path = tmp_path / "rollouts.jsonl"
+    make_trainer(srpo_rollouts=str(path), save_strategy="steps", save_steps=2, **options).train()
+    whole = path.read_text()
+    # Killed after the step that follows the checkpoint, while it wrote one line more.
+    path.write_text(whole + '{"text": "torn')
+    resumed = make_trainer(srpo_rollouts=str(path), rollouts=Rollouts(calls=2), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/checkpoint-2"))
+    assert path.read_text() == whole
+
+
+def test_a_new_run_replaces_the_file(tmp_path):
+    path, *_ = train(tmp_path, steps=2)
     train(tmp_path, steps=1)
-    assert path.read_text() == first
+    assert {line.step for line in read_rollouts(path)} == {0}
 
 
 def test_evaluation_is_not_written(tmp_path):

@@ -2,14 +2,18 @@
 
 import random
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from datasets import Dataset
 from srpo_trl import SRPOConfig, SRPOTrainer
 from tiny_vlm import make_image, make_model
 from trl import GRPOConfig, GRPOTrainer
+
+import srpo_core
 
 QUESTIONS = ["count?", "count it?", "count it it?", "what is it?"]
 
@@ -126,3 +130,27 @@ def rollout_batch(trainer: Any, rows: list[dict[str, Any]] | None = None) -> dic
     rows = rows or next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     return trainer._generate_and_score_completions(rows)
+
+
+class Made(NamedTuple):
+    """A rollout batch as the core was given it, and what the core made of it."""
+
+    batch: srpo_core.RolloutBatch
+    passes: list[torch.Tensor]  # the responses as they are, then each view of the plan
+    advantages: torch.Tensor
+    credit: srpo_core.Credit
+
+
+@contextmanager
+def watching() -> Iterator[list[Made]]:
+    """Every call of :func:`srpo_core.credit` by a trainer: all weights come from there."""
+    found: list[Made] = []
+
+    def watch(batch: Any, planned: Any, scored: Any, options: Any, **rest: Any) -> srpo_core.Credit:
+        credit = srpo_core.credit(batch, planned, scored, options, **rest)
+        passes = [rest["old_log_probs"], *(scored[view.name] for view in planned.views)]
+        found.append(Made(batch, passes, rest["advantages"], credit))
+        return credit
+
+    with mock.patch("srpo_trl.trainer.credit", watch):
+        yield found

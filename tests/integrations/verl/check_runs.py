@@ -7,21 +7,23 @@ import re
 import sys
 
 import torch
-from srpo_verl.views import corrupt_rows, image_facts
+from srpo_verl.views import prompt_id
 from transformers import Qwen2_5_VLForConditionalGeneration
 from verl.utils.tokenizer import hf_processor
 from verl_harness import rollouts, tiny_vlm
-from verl_harness.alone import changed_alone, padded, score_alone, spans_alone, use_alone
+from verl_harness.alone import changed_alone, padded, reliance_alone, score_alone, spans_alone
 
 from srpo_core import SRPOConfig, srpo_advantages
+from srpo_core.pixel_values import corrupt_rows, image_facts
 
 LOSS_AND_NORM = ("actor/pg_loss", "actor/loss", "actor/grad_norm")
 DRIVER_MAY_SEE = {
+    "prompts",
     "responses",
     "response_mask",
     "uid",
-    "srpo_responses",
-    "srpo_sources",
+    "srpo_counterfactual_responses",
+    "srpo_counterfactual_sources",
     "old_log_probs",
     "srpo_original_log_probs",
     "srpo_corrupted_log_probs",
@@ -30,8 +32,8 @@ DRIVER_MAY_SEE = {
     "advantages",
     *(f"srpo_span_{k}_{name}" for k in range(2) for name in ("responses", "sources", "log_probs")),
 }
-# To write a rollout file: prompts as token ids, and rewards.
-ROLLOUT_FILE = {"prompts", "rm_scores"}
+# To write a rollout file: rewards.
+ROLLOUT_FILE = {"rm_scores"}
 
 
 def steps(work, name):
@@ -78,20 +80,20 @@ def check_weights(folder, step, config, tokenizer, old_key):
         )
     )
     has_image = torch.tensor([bool(row["multi_modal_inputs"]) for row in rows])
-    use = None
-    if config.use_spans > 0:
-        passes = [padded([row[f"srpo_span_{k}_log_probs"] for row in rows]) for k in range(config.use_spans)]
-        spans = spans_alone(segmentation, rows, config.use_spans)
-        use = use_alone(old, passes, spans, segmentation.roles, final, config)
+    reliance = None
+    if config.reliance_spans > 0:
+        passes = [padded([row[f"srpo_span_{k}_log_probs"] for row in rows]) for k in range(config.reliance_spans)]
+        spans = spans_alone(segmentation, rows, config.reliance_spans)
+        reliance = reliance_alone(old, passes, spans, segmentation.roles, final, config)
     expected = srpo_advantages(
         old,
-        torch.where(has_image[:, None], corrupted, old),
-        changed.carry_back(counterfactual, old),
-        segmentation.roles,
         plain.gather(1, final.int().argmax(1, keepdim=True))[:, 0],
+        segmentation.roles,
         final,
-        perception_use=use,
-        **config.advantage_options(step=step),
+        config.at_step(step - 1),
+        corrupted_log_probs=torch.where(has_image[:, None], corrupted, old),
+        counterfactual_log_probs=changed.carry_back(counterfactual, original_log_probs=old),
+        reliance=reliance,
     )
     moves = final & (plain != 0)
     weights = weighted[moves] / plain[moves]
@@ -107,16 +109,17 @@ def check_log_probs(folder, config, model, processor, old_key):
     """The first step's log-probs are those of each row alone, unpadded, positions computed anew."""
     rows = load_record(folder, 1)
     segmentation, changed = changed_alone(rows, processor.tokenizer, config)
-    spans = spans_alone(segmentation, rows, max(config.use_spans, 1))
+    spans = spans_alone(segmentation, rows, max(config.reliance_spans, 1))
     images = [row["multi_modal_inputs"] for row in rows]
     facts = image_facts(processor)
-    corrupted, _ = corrupt_rows(images, [row["prompts"] for row in rows], config, facts, step=1)
-    span_keys = [f"srpo_span_{k}" for k in range(config.use_spans)]
+    numbers = [prompt_id(row["prompts"], pixels) for row, pixels in zip(rows, images, strict=True)]
+    corrupted, _ = corrupt_rows(images, numbers, config, facts, step=1)
+    span_keys = [f"srpo_span_{k}" for k in range(config.reliance_spans)]
     keys = (old_key, "srpo_corrupted_log_probs", "srpo_counterfactual_log_probs")
     worst = dict.fromkeys((*keys, *(f"{key}_log_probs" for key in span_keys)), 0.0)
     for number, row in enumerate(rows):
         response = changed.token_ids[number][changed.attention_mask[number]]
-        assert torch.equal(response, row["srpo_responses"])
+        assert torch.equal(response, row["srpo_counterfactual_responses"])
         views = [{}, {"pixels": corrupted[number]}, {"response": response}]
         for k, key in enumerate(span_keys):
             sampled = len(row["responses"]) * (not row["is_padding"])
@@ -155,6 +158,15 @@ def check_traffic(folder, allowed):
     print(f"held: {folder.name}: no pixels through the driver: {moved:.0f} bytes a step, the pixels are {pixels}")
 
 
+def check_proof(work, name):
+    """The run said once that its weights reached the update, and not before they had."""
+    log = (work / f"{name}.log").read_text()
+    said = re.findall(r"SRPO is active: its weights reached the actor's update in step (\d+) \(verl", log)
+    assert said == ["1"], (name, said)
+    assert log.index("SRPO is active") < log.index("step:1 ")
+    print(f"held: {name} proved in step 1 that its weights reached the update")
+
+
 def check_failure(work, name, cause):
     """The run failed, and the cause stands in the first line of the error's message."""
     log = (work / f"{name}.log").read_text()
@@ -176,11 +188,13 @@ def main(work):
     one, two = work / "record_one", work / "record_two"
     for name in ("srpo_one", "srpo_two"):
         assert len(steps(work, name)) == 2
-        assert "srpo/weight/perception/mean" in steps(work, name)[-1]
+        assert {"srpo/weight/perception/mean", "srpo/corruption/unchanged"} <= set(steps(work, name)[-1])
+    for name in ("srpo_one", "srpo_two", "zero_one", "zero_two"):
+        check_proof(work, name)
     check_parity(work, "zero_one", "grpo_one")
     check_parity(work, "zero_two", "grpo_two")
     check_difference(work, "srpo_one", "grpo_one")
-    swap, drop = SRPOConfig(), SRPOConfig(counterfactual="drop", use_spans=2)
+    swap, drop = SRPOConfig(), SRPOConfig(counterfactual="drop", reliance_spans=2)
     for step in (1, 2):
         check_weights(one, step, swap, processor.tokenizer, "old_log_probs")
         check_weights(two, step, drop, processor.tokenizer, "srpo_original_log_probs")
@@ -189,7 +203,7 @@ def main(work):
     check_update(one, model, processor)
     check_traffic(one, DRIVER_MAY_SEE | ROLLOUT_FILE)
     check_traffic(two, DRIVER_MAY_SEE)
-    check_failure(work, "wrong_option", "algorithm.srpo.strenght is unknown; did you mean 'strength'?")
+    check_failure(work, "wrong_option", "algorithm.srpo.strenght is unknown; did you mean algorithm.srpo.strength?")
     check_failure(work, "failing_worker", "in a worker: ValueError('the images of this test are square')")
 
 

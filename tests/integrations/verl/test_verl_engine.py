@@ -17,8 +17,9 @@ import verl.utils.transferqueue_utils
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from srpo_verl import trainer as adapter
-from srpo_verl.options import ESTIMATORS, LOSS_MODES
-from srpo_verl.views import corrupt_rows
+from srpo_verl.options import ESTIMATORS, LOSS_MODES, VerlOptions
+from srpo_verl.proof import Proof
+from srpo_verl.views import prompt_id
 from srpo_verl.worker import SRPOWorker
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
@@ -39,12 +40,12 @@ from verl.workers.config import (
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl_harness import rollouts, tiny_vlm
-from verl_harness.alone import changed_alone, padded, score_alone, spans_alone, use_alone
+from verl_harness.alone import changed_alone, padded, reliance_alone, score_alone, spans_alone
 
-from srpo_core import SRPOConfig, grpo_loss, srpo_advantages
-from srpo_core.commands import app
-from srpo_core.rollouts import read_rollouts
-from srpo_core.summaries import CreditOptions, score_rollouts
+from srpo_core import LossOptions, SRPOConfig, grpo_loss, srpo_advantages
+from srpo_core.cli.app import app
+from srpo_core.pixel_values import corrupt_rows
+from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
 PROMPTS, N = 4, 4
 EXAMPLES = pathlib.Path(__file__).parents[3] / "docs" / "examples"
@@ -197,7 +198,7 @@ def verl_config(*overrides):
 def srpo_worker(parts, config):
     worker = SRPOWorker.__new__(SRPOWorker)
     worker.actor = parts.worker
-    worker.setup_srpo(config)
+    worker.answers = worker.setup_srpo(config)
     return worker
 
 
@@ -225,20 +226,26 @@ def run_step(parts, rows, known_steps, monkeypatch):
         for module in (adapter, trainer_base):
             monkeypatch.setattr(module, "tq", queue)
         trainer = trainer_class.__new__(trainer_class)
-        with open_dict(config):
-            options = OmegaConf.to_container(config, resolve=True)
-        trainer.config, trainer.global_steps, trainer.timing_raw = config, 1, {}
+        trainer.config, trainer.global_steps = config, 1
         trainer.tokenizer = parts.tokenizer
         if issubclass(trainer_class, adapter.SRPOMixin):
-            trainer.srpo_config = adapter.check_config(options)
-            trainer._rollouts_path = adapter.rollouts_path(options)
-            trainer._end_ids = [parts.tokenizer.eos_token_id]
-            trainer.actor_rollout_wg = Workers(queue, srpo_worker(parts, trainer.srpo_config), workers)
+            trainer.srpo_config = adapter.check_config(OmegaConf.to_container(config, resolve=True))
+            trainer._proof = Proof()
+            worker = srpo_worker(parts, trainer.srpo_config)
+            trainer._has_images, trainer._ending = worker.answers
+            trainer.actor_rollout_wg = Workers(queue, worker, workers)
         metrics = {}
         meta = queue.meta(list(queue.rows))
         queue.watched.clear()
         result = trainer._compute_advantage(meta, metrics)
-        step = Step(rows=list(queue.rows.values()), metrics=metrics, meta=result, watched=queue.watched)
+        step = Step(
+            rows=list(queue.rows.values()),
+            metrics=metrics,
+            meta=result,
+            watched=queue.watched,
+            trainer=trainer,
+            queue=queue,
+        )
         if changes is None:
             known_steps[question] = step
         return step
@@ -267,7 +274,7 @@ def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
     moved = 0
     for number, row in enumerate(step.rows):
         response = changed.token_ids[number][changed.attention_mask[number]]
-        assert torch.equal(response, row["srpo_responses"])
+        assert torch.equal(response, row["srpo_counterfactual_responses"])
         alone = one_by_one(parts, row, response)
         torch.testing.assert_close(row["srpo_counterfactual_log_probs"], alone, atol=1e-5, rtol=0)
         moved += row["uid"] != "pad" and not torch.equal(response, row["responses"])
@@ -276,7 +283,7 @@ def test_changed_responses_score_as_they_do_alone(parts, run_step, kind):
 
 def test_responses_without_a_span_score_as_they_do_alone(parts, run_step):
     """The image is the true one, whatever the counterfactual's is."""
-    step = run_step("+algorithm.srpo.use_spans=3", "+algorithm.srpo.counterfactual_image=corrupted")
+    step = run_step("+algorithm.srpo.reliance_spans=3", "+algorithm.srpo.counterfactual_image=corrupted")
     segmentation, _ = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
     spans, shortened = spans_alone(segmentation, step.rows, 3), 0
     for number, row in enumerate(step.rows):
@@ -300,10 +307,10 @@ def test_no_pass_more_than_is_asked_for(run_step, monkeypatch):
         return len(passes)
 
     assert count() == 2
-    assert count("+algorithm.srpo.use_spans=3") == 5
-    assert count("+algorithm.srpo.use_spans=3", workers=2) == 10
-    # Where every weight is 1 anyway, the use score is not made.
-    assert count("+algorithm.srpo.use_spans=3", "+algorithm.srpo.strength=0") == 2
+    assert count("+algorithm.srpo.reliance_spans=3") == 5
+    assert count("+algorithm.srpo.reliance_spans=3", workers=2) == 10
+    # Where every weight is 1 anyway, no reliance is measured.
+    assert count("+algorithm.srpo.reliance_spans=3", "+algorithm.srpo.strength=0") == 2
 
 
 def test_tool_outputs_stay_as_context(parts, run_step):
@@ -361,7 +368,8 @@ def test_corrupted_rows_score_as_they_do_alone(parts, run_step):
     config = SRPOConfig()
     facts = srpo_worker(parts, config).srpo_images
     images = [row["multi_modal_inputs"] for row in step.rows]
-    corrupted, _ = corrupt_rows(images, [row["prompts"] for row in step.rows], config, facts, step=1)
+    numbers = [prompt_id(row["prompts"], row["multi_modal_inputs"]) for row in step.rows]
+    corrupted, _ = corrupt_rows(images, numbers, config, facts, step=1)
     for row, pixels in zip(step.rows, corrupted, strict=True):
         alone = one_by_one(parts, row, pixels=pixels)
         torch.testing.assert_close(row["srpo_corrupted_log_probs"], alone, atol=1e-5, rtol=0)
@@ -388,14 +396,16 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
     corrupted = padded([row["srpo_corrupted_log_probs"] for row in step.rows])
     counterfactual = padded([row["srpo_counterfactual_log_probs"] for row in step.rows])
     advantages = padded([row["advantages"] for row in plain.rows])
+    has_image = torch.tensor([bool(row["multi_modal_inputs"]) for row in step.rows])[:, None]
     expected = srpo_advantages(
         old,
-        corrupted,
-        changed.carry_back(counterfactual, old),
-        segmentation.roles,
         advantages[:, 0],
+        segmentation.roles,
         mask,
-        **config.advantage_options(step=1),
+        config,
+        corrupted_log_probs=torch.where(has_image, corrupted, old),
+        counterfactual_log_probs=changed.carry_back(counterfactual, original_log_probs=old),
+        broken=segmentation.broken,
     )
     weighted = padded([row["advantages"] for row in step.rows])
     torch.testing.assert_close(weighted, expected.advantages, atol=1e-6, rtol=0)
@@ -404,10 +414,20 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
         assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("spans", "use", "clip"), [(2, "product", 0.05), (5, "share", 5.0)])
-def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use, clip):
-    config = SRPOConfig(use_spans=spans, use=use, score_clip=clip)
-    step = run_step(*(f"+algorithm.srpo.{name}={getattr(config, name)}" for name in ("use_spans", "use", "score_clip")))
+def test_metrics_have_the_cores_names(run_step):
+    metrics = run_step().metrics
+    ours = {name for name in metrics if name.startswith("srpo/")}
+    assert {"srpo/swap/coverage", "srpo/corruption/unchanged", "srpo/advantage/zero", "srpo/advantage/cosine"} <= ours
+    assert all(isinstance(metrics[name], float) for name in ours)
+    assert metrics["srpo/corruption/unchanged"] == 0.0
+    assert "timing_s/srpo" in metrics
+
+
+@pytest.mark.parametrize(("spans", "mode", "clip"), [(2, "product", 0.05), (5, "share", 5.0)])
+def test_with_reliance_weights_are_the_cores(parts, run_step, spans, mode, clip):
+    names = ("reliance_spans", "reliance_mode", "score_clip")
+    config = SRPOConfig(**dict(zip(names, (spans, mode, clip), strict=True)))
+    step = run_step(*(f"+algorithm.srpo.{name}={getattr(config, name)}" for name in names))
     plain, without = run_step(trainer_class=PlainTrainer), run_step()
     segmentation, changed = changed_alone(step.rows, parts.tokenizer, SRPOConfig())
     roles, mask = segmentation.roles, mask_of(step.rows)
@@ -421,20 +441,28 @@ def test_with_a_use_score_weights_are_the_cores(parts, run_step, spans, use, cli
         )
     )
     has_image = torch.tensor([bool(row["multi_modal_inputs"]) for row in step.rows])[:, None]
+    numbers = spans_alone(segmentation, step.rows, spans)
     expected = srpo_advantages(
         old,
-        torch.where(has_image, corrupted, old),
-        changed.carry_back(counterfactual, old),
-        roles,
         padded([row["advantages"] for row in plain.rows])[:, 0],
+        roles,
         mask,
-        perception_use=use_alone(old, passes, spans_alone(segmentation, step.rows, spans), roles, mask, config),
-        **config.advantage_options(step=1),
+        config,
+        corrupted_log_probs=torch.where(has_image, corrupted, old),
+        counterfactual_log_probs=changed.carry_back(counterfactual, original_log_probs=old),
+        reliance=reliance_alone(old, passes, numbers, roles, mask, config),
     )
     weighted = padded([row["advantages"] for row in step.rows])
     torch.testing.assert_close(weighted, expected.advantages, atol=1e-6, rtol=0)
     assert not torch.allclose(weighted, padded([row["advantages"] for row in without.rows]), atol=0.05)
     assert not [field for field in step.meta.fields if field.startswith("srpo_")]
+
+
+def test_the_mix_ramps_up_from_nothing(run_step):
+    """verl's first step is 1, the ramp's is 0."""
+    step, plain = run_step("+algorithm.srpo.mix_warmup_steps=4"), run_step(trainer_class=PlainTrainer)
+    for row, before in zip(step.rows, plain.rows, strict=True):
+        assert torch.equal(row["advantages"], before["advantages"])
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0])
@@ -454,7 +482,7 @@ def test_the_rollouts_are_written_for_the_srpo_command(parts, run_step, tmp_path
         torch.testing.assert_close(credit, row["advantages"][mask].float(), atol=1e-3, rtol=0)
         recorded = torch.tensor(line.old_log_probs)
         torch.testing.assert_close(recorded, row["old_log_probs"][mask].float(), atol=1e-4, rtol=0)
-    for scored in score_rollouts(written, CreditOptions(SRPOConfig(strength=strength), recompute=True)):
+    for scored in score_rollouts(written, ScoringOptions(SRPOConfig(strength=strength), recompute=True)):
         weights = torch.tensor(scored.rollout.weights)
         torch.testing.assert_close(torch.as_tensor(scored.weights).float(), weights, atol=1e-3, rtol=0)
     for arguments in (
@@ -467,7 +495,24 @@ def test_the_rollouts_are_written_for_the_srpo_command(parts, run_step, tmp_path
         assert shown.exit_code == 0, (arguments, shown.output)
 
 
-@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.use_spans=2",)], ids=["srpo", "use score"])
+def test_a_resumed_run_goes_on_with_its_file(run_step, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    step = run_step(f"+algorithm.srpo.rollouts={path}", changes=lambda key, row: {})
+
+    def run_again(global_steps):
+        """As another process does, which has no open file."""
+        vars(step.trainer).pop("_writer").close()
+        step.trainer.global_steps = global_steps
+        step.trainer._compute_advantage(step.queue.meta(list(step.queue.rows)), {})
+        return [line.step for line in read_rollouts(path)]
+
+    rows = PROMPTS * N - 1
+    assert run_again(2) == [1] * rows + [2] * rows
+    assert run_again(2) == [1] * rows + [2] * rows  # stopped before its checkpoint: the step is written again
+    assert run_again(1) == [1] * rows  # a new run
+
+
+@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.reliance_spans=2",)], ids=["srpo", "reliance"])
 def test_strength_zero_is_verls_grpo_bit_for_bit(run_step, options):
     step, plain = run_step("+algorithm.srpo.strength=0", *options), run_step(trainer_class=PlainTrainer)
     for weighted, row in zip(step.rows, plain.rows, strict=True):
@@ -475,21 +520,25 @@ def test_strength_zero_is_verls_grpo_bit_for_bit(run_step, options):
         assert weighted["advantages"].dtype == row["advantages"].dtype
 
 
-@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.use_spans=2",)], ids=["srpo", "use score"])
+@pytest.mark.parametrize("options", [(), ("+algorithm.srpo.reliance_spans=2",)], ids=["srpo", "reliance"])
 def test_weights_do_not_depend_on_the_number_of_workers(run_step, options):
+    def responses(step):
+        return [row["srpo_counterfactual_responses"].tolist() for row in step.rows]
+
     one, two = run_step(*options, workers=1), run_step(*options, workers=2)
     for alone, shared in zip(one.rows, two.rows, strict=True):
         torch.testing.assert_close(alone["advantages"], shared["advantages"], atol=1e-5, rtol=0)
     # Donors cross the workers' borders.
-    assert [row["srpo_responses"].tolist() for row in one.rows] == [row["srpo_responses"].tolist() for row in two.rows]
+    assert responses(one) == responses(two)
 
 
 def test_no_pixels_travel_through_the_driver(run_step):
-    step = run_step("+algorithm.srpo.use_spans=1")
+    step = run_step("+algorithm.srpo.reliance_spans=1")
     ours = [fields for fields in step.watched if "rm_scores" not in fields]  # verl's own access
-    assert len(ours) == 2
+    assert len(ours) == 3
     for fields in ours:
         assert set(fields) <= {
+            "prompts",
             "responses",
             "response_mask",
             "uid",
@@ -530,7 +579,7 @@ def test_bypass_mode_never_contrasts_with_the_rollout_engine(run_step):
     def offset(key, row):
         return {"rollout_log_probs": row["rollout_log_probs"] - 3.0}
 
-    bypass, spans = ["algorithm.rollout_correction.bypass_mode=true"], "+algorithm.srpo.use_spans=2"
+    bypass, spans = ["algorithm.rollout_correction.bypass_mode=true"], "+algorithm.srpo.reliance_spans=2"
     weighted, usual = run_step(*bypass, spans, changes=offset), run_step(spans)
     for row, other in zip(weighted.rows, usual.rows, strict=True):
         assert "srpo_original_log_probs" in row
@@ -549,7 +598,7 @@ def test_rejection_leaves_mean_one_on_what_is_left(run_step):
         "algorithm.rollout_correction.rollout_rs=token_k1",
         "algorithm.rollout_correction.rollout_rs_threshold='0.5_2.0'",
         "algorithm.rollout_correction.rollout_is=token",
-        "+algorithm.srpo.use_spans=2",
+        "+algorithm.srpo.reliance_spans=2",
     ]
     step = run_step(*options, changes=disagree)
     plain = run_step(*options, changes=disagree, trainer_class=PlainTrainer)
@@ -577,15 +626,94 @@ def test_estimators_give_a_response_one_advantage(run_step, estimator):
         assert torch.equal(row["advantages"], before["advantages"])
 
 
-def test_a_corruption_that_changes_nothing_ends_the_run(run_step):
-    def one_colour(key, row):
-        pixels = dict(row["multi_modal_inputs"])
-        if pixels:
-            pixels["pixel_values"] = torch.full_like(pixels["pixel_values"], 0.5)
-        return {"multi_modal_inputs": pixels}
+def one_color(key, row):
+    pixels = dict(row["multi_modal_inputs"])
+    if pixels:
+        pixels["pixel_values"] = torch.full_like(pixels["pixel_values"], 0.5)
+    return {"multi_modal_inputs": pixels}
 
-    with pytest.raises(RuntimeError, match=r"corruption='patch_shuffle' left all 15 images as they were.*_strength"):
-        run_step("+algorithm.srpo.corruption=patch_shuffle", changes=one_colour)
+
+def test_a_corruption_that_changes_nothing_in_the_first_batch_ends_the_run(run_step):
+    with pytest.raises(ValueError, match=r"corruption='patch_shuffle' left all 15 images of the first batch"):
+        run_step("+algorithm.srpo.corruption=patch_shuffle", changes=one_color)
+
+
+def test_a_corruption_that_changes_nothing_later_is_counted(run_step, monkeypatch):
+    monkeypatch.setattr(adapter.SRPOMixin, "_is_first_batch", False)
+    step = run_step("+algorithm.srpo.corruption=patch_shuffle", changes=one_color)
+    assert step.metrics["srpo/corruption/unchanged"] == 1.0
+    assert not [fields for fields in step.watched if "prompts" in fields]
+
+
+def test_the_first_batch_is_looked_at_once(run_step, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(adapter, "check_first_batch", lambda batch, options, **found: prompts.append(found["prompts"]))
+    step = run_step(changes=lambda key, row: {})
+    assert len(prompts) == 1
+    assert prompts[0][0].startswith("<|vision_start|><|image_pad|>")  # special tokens and all
+    step.trainer._compute_advantage(step.queue.meta(list(step.queue.rows)), {})
+    assert len(prompts) == 1
+
+
+# That the weights reach the update.
+
+
+@pytest.fixture
+def updated(monkeypatch):
+    """verl's own update, as far as we need it."""
+    batches = []
+    monkeypatch.setattr(trainer_base.PPOTrainer, "_update_actor", lambda self, batch, metrics: batches.append(batch))
+    monkeypatch.setattr(adapter.PPOTrainerSync, "on_step_end", lambda self: batches.append("end"))
+    return batches
+
+
+def test_a_run_says_that_srpo_is_active_when_its_weights_have_reached_the_update(run_step, updated, caplog):
+    step = run_step(changes=lambda key, row: {})
+    assert "active" not in caplog.text
+    step.trainer._update_actor(step.meta, {})
+    step.trainer.on_step_end()
+    assert updated == [step.meta, "end"]
+    assert caplog.text.count("SRPO is active: its weights reached the actor's update in step 1 (verl 0.9") == 1
+    # Later steps compare no values, and still know whose advantages they are.
+    step.trainer._compute_advantage(step.queue.meta(list(step.queue.rows)), {})
+    step.queue.watched.clear()
+    step.trainer._update_actor(step.meta, {})
+    assert step.queue.watched == []
+    assert caplog.text.count("active") == 1
+
+
+def test_an_update_without_our_advantages_is_refused(run_step, updated):
+    step = run_step(changes=lambda key, row: {})
+    step.trainer._proof = Proof()
+    with pytest.raises(RuntimeError, match=r"did not weight.* knows verl>=0\.9\.1,<0\.10; installed are verl 0\.9"):
+        step.trainer._update_actor(step.meta, {})
+    assert updated == []
+
+
+def test_an_update_that_does_not_fetch_advantages_is_refused(run_step, updated):
+    step = run_step(changes=lambda key, row: {})
+    step.meta.fields.remove("advantages")
+    with pytest.raises(RuntimeError, match="did not weight"):
+        step.trainer._update_actor(step.meta, {})
+
+
+def test_advantages_that_were_replaced_before_the_update_are_found(run_step, updated):
+    step, plain = run_step(changes=lambda key, row: {}), run_step(trainer_class=PlainTrainer)
+    for row, before in zip(step.rows, plain.rows, strict=True):
+        row["advantages"] = before["advantages"]
+    with pytest.raises(RuntimeError, match="advantages were replaced between SRPO's weights and the actor's update"):
+        step.trainer._update_actor(step.meta, {})
+    assert updated == []
+
+
+def test_a_step_without_our_update_ends_the_run(run_step, updated):
+    step = run_step(changes=lambda key, row: {})
+    with pytest.raises(RuntimeError, match="ended a step without PPOTrainer._update_actor"):
+        step.trainer.on_step_end()
+    with open_dict(step.trainer.config):
+        step.trainer.config.trainer.critic_warmup = 2  # the actor is not trained yet
+    step.trainer.on_step_end()
+    assert updated == ["end"]
 
 
 # The loss: verl's own, on weighted advantages.
@@ -631,10 +759,10 @@ def train(parts, rows, advantages, mode, **options):
 
 
 _REDUCTIONS = {
-    "token-mean": {"reduction": "token_mean"},
-    "seq-mean-token-sum": {"reduction": "constant", "normalizer": float(PROMPTS * N)},
-    "seq-mean-token-mean": {"reduction": "sequence_mean", "normalizer": float(PROMPTS * N)},
-    "seq-mean-token-sum-norm": {"reduction": "constant", "normalizer": float(PROMPTS * N) * 256.0},
+    "token-mean": ("token_mean", None),
+    "seq-mean-token-sum": ("constant", float(PROMPTS * N)),
+    "seq-mean-token-mean": ("sequence_mean", float(PROMPTS * N)),
+    "seq-mean-token-sum-norm": ("constant", float(PROMPTS * N) * 256.0),
 }
 
 
@@ -648,7 +776,10 @@ def test_verls_loss_on_weighted_advantages_is_srpos(parts, run_step, mode):
     losses = {}
     for name, rows in (("srpo", step.rows), ("grpo", plain.rows)):
         advantages = padded([row["advantages"] for row in rows])
-        expected, _ = grpo_loss(old, padded([older(row) for row in step.rows]), advantages, mask, **_REDUCTIONS[mode])
+        reduction, normalizer = _REDUCTIONS[mode]
+        sampled = padded([older(row) for row in step.rows])
+        options_of_loss = LossOptions(reduction=reduction)
+        expected, _ = grpo_loss(old, advantages, mask, options_of_loss, old_log_probs=sampled, normalizer=normalizer)
         losses[name], norm = train(parts, step.rows, [row["advantages"] for row in rows], mode, **options)
         assert losses[name] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
         assert norm > 0
@@ -715,7 +846,7 @@ def test_a_failing_worker_is_quoted_first(run_step, monkeypatch):
         run_step("+algorithm.srpo.seed=9")
 
 
-def test_a_processor_without_normalisation_is_refused_before_the_first_rollout(parts):
+def test_a_processor_without_normalization_is_refused_before_the_first_rollout(parts):
     images = parts.worker.model_config.processor.image_processor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "image_mean", None)
@@ -731,10 +862,10 @@ def test_the_example_configuration_is_accepted_by_verl_and_by_us(monkeypatch):
         config = compose(config_name="verl_qwen2_5_vl_7b", overrides=["algorithm.srpo.strength=0.5"])
     verl.utils.config.validate_config(config=config, use_reference_policy=True, use_critic=False)
     options = adapter.check_config(OmegaConf.to_container(config, resolve=True))
-    assert options == SRPOConfig(strength=0.5)
+    assert options == VerlOptions(strength=0.5)
     with open_dict(config):
         config.algorithm.srpo.strenght = 1.0
-    with pytest.raises(ValueError, match="did you mean 'strength'"):
+    with pytest.raises(ValueError, match="did you mean algorithm.srpo.strength"):
         verl.utils.config.validate_config(config=config, use_reference_policy=True, use_critic=False)
 
 

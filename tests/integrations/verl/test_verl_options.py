@@ -1,12 +1,16 @@
-"""The command line -> SRPOConfig. Needs no verl."""
+"""The command line -> VerlOptions. Needs no verl."""
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
-from srpo_verl.options import check_config, srpo_config
+from helpers import another_value
+from srpo_verl import options as verl_options
+from srpo_verl.options import VerlOptions, check_config, srpo_options
 
 from srpo_core import RoleTags, SRPOConfig
+from srpo_core.options import adapter_options, trainer_options
 
 
 def verl_config(**changes):
@@ -31,22 +35,49 @@ def verl_config(**changes):
 
 
 def test_defaults_are_the_cores():
-    assert check_config(verl_config()) == SRPOConfig()
+    options = check_config(verl_config())
+    assert options == VerlOptions()
+    assert all(getattr(options, each.name) == getattr(SRPOConfig(), each.name) for each in fields(SRPOConfig))
 
 
 def test_without_options_every_default_holds():
     config = verl_config()
     del config["algorithm"]["srpo"]
-    assert check_config(config) == SRPOConfig()
+    assert check_config(config) == VerlOptions()
 
 
 def test_options_reach_the_config():
-    options = {"strength": 2, "counterfactual": "drop", "tags": {"perception": ["<d>", "</d>"], "answer": None}}
+    options = {"strength": 2, "counterfactual": "drop", "perception_tags": ["<d>", "</d>"], "answer_tags": None}
     config = check_config(verl_config(**{"algorithm.srpo": options}))
     assert (config.strength, config.counterfactual) == (2, "drop")
     assert config.tags == RoleTags(perception=("<d>", "</d>"), answer=None)
-    config = check_config(verl_config(**{"algorithm.srpo": {"use_spans": 4, "use": "share"}}))
-    assert (config.use_spans, config.use) == (4, "share")
+    config = check_config(verl_config(**{"algorithm.srpo": {"reliance_spans": 4, "reliance_mode": "share"}}))
+    assert (config.reliance_spans, config.reliance_mode) == (4, "share")
+    assert check_config(verl_config(**{"algorithm.srpo": {"rollouts": "a.jsonl"}})).rollouts == "a.jsonl"
+
+
+def test_the_options_are_those_of_an_adapter_and_the_file_of_rollouts():
+    assert {each.name for each in fields(VerlOptions)} - set(trainer_options()) == {*adapter_options(), "rollouts"}
+    assert srpo_options({"rollouts": "rollouts.jsonl"}).rollouts == "rollouts.jsonl"
+
+
+@pytest.mark.parametrize("name", sorted({*adapter_options()} - {"scale_decay"}))  # its reader, ema_rms, is refused
+def test_every_option_of_an_adapter_is_read(name):
+    values = another_value(name)
+    written = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}  # as YAML does
+    assert getattr(srpo_options(written), name) == values[name] != getattr(VerlOptions(), name)
+
+
+@pytest.mark.parametrize("name", trainer_options())
+def test_options_of_the_trainer_are_refused(name):
+    with pytest.raises(ValueError, match=rf"^algorithm\.srpo\.{name} is verl's own: (set \w+\.|it has no setting)"):
+        srpo_options({name: trainer_options()[name].default})
+
+
+def test_a_new_option_of_the_trainer_cannot_be_ignored(monkeypatch):
+    monkeypatch.setattr(verl_options, "trainer_options", lambda: trainer_options() | {"overlong_penalty": None})
+    with pytest.raises(ValueError, match=r"^algorithm\.srpo\.overlong_penalty is verl's own"):
+        srpo_options({"overlong_penalty": 0.1})
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
@@ -83,34 +114,38 @@ def test_settings_that_exclude_srpo_are_refused_by_name(changes, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"strenght": 1.0}, ["algorithm.srpo.strenght", "did you mean 'strength'", "counterfactual_image"]),
-        ({"zzz": 1.0}, ["algorithm.srpo.zzz is unknown; Options"]),
-        ({"clip_low": 0.1}, ["actor_rollout_ref.actor.clip_ratio_low"]),
+        ({"strenght": 1.0}, ["strenght is unknown", "did you mean algorithm.srpo.strength?", "counterfactual_image"]),
+        ({"zzz": 1.0}, ["algorithm.srpo.zzz is unknown; The options are"]),
+        ({"surrogate": {"name": "clip", "high": 0.3}}, ["actor_rollout_ref.actor.clip_ratio_low"]),
         ({"kl_coef": 0.1}, ["actor_rollout_ref.actor.kl_loss_coef"]),
-        ({"epsilon": 0.1}, ["verl fixes it"]),
+        ({"epsilon": 0.1}, ["it has no setting for this"]),
         ({"counterfactual": "mask"}, ["'swap' or 'drop'"]),
         ({"corruption": "none"}, ["gray"]),
         ({"corruption": "other_image"}, ["number of workers"]),
         ({"scale": "ema_rms"}, ["batch_rms"]),
-        ({"scale_decay": 0.9}, ["ema_rms", "batch_rms"]),
+        ({"scale_decay": 0.9}, ["algorithm.srpo.scale 'ema_rms' reads it"]),
         ({"visual_score": "full_kl"}, ["visual_score='full_kl'", "log_ratio"]),
         ({"consistency_score": "jsd"}, ["consistency_score='jsd'"]),
-        ({"strength": -1.0}, ["strength must be in", "-1.0"]),
-        ({"strength": "strong"}, ["strength must be", "float", "strong"]),
+        ({"strength": -1.0}, ["strength must be at least 0", "-1.0"]),
+        ({"strength": "strong"}, ["strength must be a number", "strong"]),
         ({"corruption": "blurr"}, ["corruption must be one of", "blurr"]),
-        ({"use_spans": -1}, ["use_spans must be a whole number of at least 0, got -1", "pass 0 for no use score"]),
-        ({"use_spans": "many"}, ["use_spans must be a whole number", "'many'"]),
-        ({"use_spans": 2, "use": "sum"}, ["use must be one of 'product', 'share', got 'sum'"]),
-        ({"use": "share"}, ["algorithm.srpo.use='share'", "set use_spans to the number of spans"]),
-        ({"use": "share", "use_spans": 0}, ["set use_spans to the number of spans"]),
-        ({"tags": ["<p>"]}, ["tags must map"]),
-        ({"tags": {"perceptoin": ["<p>", "</p>"]}}, ["tags must map", "perceptoin"]),
-        ({"tags": {"perception": "<p>"}}, ["perception must be two non-empty strings"]),
+        ({"corruption_amount": 2.0}, ["corruption_amount of kind 'patch_mask' must be in (0, 1]", "2.0"]),
+        ({"bound": 0.5, "weight_map": "sigmoid"}, ["algorithm.srpo.bound", "algorithm.srpo.weight_map"]),
+        ({"reliance_spans": -1}, ["reliance_spans must be at least 0, got -1"]),
+        ({"reliance_spans": "many"}, ["reliance_spans must be a whole number", "'many'"]),
+        ({"reliance_spans": 2, "reliance_mode": "sum"}, ["reliance_mode must be one of 'product', 'share'", "'sum'"]),
+        ({"reliance_mode": "share"}, ["algorithm.srpo.reliance_mode='share'", "set algorithm.srpo.reliance_spans to"]),
+        ({"reliance_mode": "share", "reliance_spans": 0}, ["set algorithm.srpo.reliance_spans to"]),
+        ({"perception_tags": ["<p>"]}, ["perception_tags must be"]),
+        ({"perception_tags": "<p>"}, ["perception_tags must be"]),
+        ({"reasoning_tags": ["<perception>", "</perception>"]}, ["algorithm.srpo.reasoning_tags"]),
+        ({"rollouts": 3}, ["rollouts must be", "got 3"]),
+        (["strength"], ["must map names of options to values"]),
     ],
 )
 def test_wrong_options_are_named(options, words):
     with pytest.raises(ValueError, match=".") as caught:
-        srpo_config(options)
+        srpo_options(options)
     assert str(caught.value).startswith("algorithm.srpo")
     assert all(word in str(caught.value) for word in words), caught.value
 

@@ -4,16 +4,9 @@ from typing import Any
 
 import torch
 
-from srpo_core import (
-    CounterfactualResponses,
-    Role,
-    Segmentation,
-    SRPOConfig,
-    counterfactual_responses,
-    perception_spans,
-    segment_responses,
-    span_use,
-)
+from srpo_core import Role, Segmentation, SRPOConfig, counterfactual_responses, segment_responses
+from srpo_core.counterfactuals import CounterfactualResponses
+from srpo_core.reliance import perception_spans, span_reliance
 from verl_harness import rollouts
 
 
@@ -66,7 +59,7 @@ def spans_alone(segmentation: Segmentation, rows: list[dict[str, Any]], count: i
     return perception_spans(segmentation.roles, sampled, spans=count)
 
 
-def use_alone(
+def reliance_alone(
     log_probs: torch.Tensor,
     passes: list[torch.Tensor],
     spans: torch.Tensor,
@@ -74,7 +67,7 @@ def use_alone(
     mask: torch.Tensor,
     config: SRPOConfig,
 ) -> torch.Tensor:
-    """The use score, each pass carried back token by token: ``passes[k]`` holds the rows without their span k."""
+    """Reliance, each pass carried back token by token: ``passes[k]`` holds the rows without their span k."""
     without = log_probs.repeat(len(passes), 1, 1)
     for k, scored in enumerate(passes):
         for row, numbers in enumerate(spans.tolist()):
@@ -83,4 +76,4 @@ def use_alone(
                 for place, time in enumerate(kept[: scored.shape[1]]):
                     if time > numbers.index(k):
                         without[k, row, time] = scored[row, place]
-    return span_use(log_probs, without, spans, roles, mask, clip=config.score_clip)
+    return span_reliance(log_probs, roles, mask, without_log_probs=without, spans=spans, clip=config.score_clip)

@@ -114,9 +114,9 @@ def _record(folder: pathlib.Path) -> None:
     adapter.tq = _Watched(folder)
     weight_advantages = adapter.SRPOMixin._weight_advantages
 
-    def recorded(self: Any, batch: Any, rollouts_: Any, metrics: dict[str, Any]) -> Any:
+    def recorded(self: Any, batch: Any, *arguments: Any) -> Any:
         plain = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["advantages"])
-        batch = weight_advantages(self, batch, rollouts_, metrics)
+        batch = weight_advantages(self, batch, *arguments)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
         names = [name for name in data.keys() if isinstance(data[name], torch.Tensor)]  # noqa: SIM118
         rows = {name: [row.clone() for row in data[name].unbind()] for name in names if name != "position_ids"}

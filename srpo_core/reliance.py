@@ -1,55 +1,54 @@
-"""What the reasoning owes to each perception token, and how that enters the score. This project's extension."""
+"""How much the reasoning relies on each perception token, and how that enters the score. This project's extension."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srpo_core._masked import at_least_float32, check_no_nan, check_roles, masked_mean
+from srpo_core.checked import choose
 from srpo_core.contrasts import contrast
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
-from srpo_core.roles import Role
-from srpo_core.typechecking import choose, typechecked
+from srpo_core.masking import at_least_float32, check_no_nan, masked_mean, no_nan_where_real
+from srpo_core.options import RelianceMode
+from srpo_core.roles import Role, check_roles, role_masks
+from srpo_core.typechecking import typechecked
 
 __all__ = [
     "SpanCounterfactuals",
-    "Use",
-    "apply_use",
+    "apply_reliance",
+    "gradient_reliance",
     "perception_spans",
-    "perception_use",
     "span_counterfactuals",
-    "span_use",
+    "span_reliance",
 ]
-
-Use = Literal["product", "share"]
 
 # The slope of the log-odds, 1 / (1 - p), is bounded at p = exp(-1e-3): beyond, 1 - p is mostly rounding.
 _MAX_LOG_PROB = -1e-3
 
 
-@typechecked
-def perception_use(
+@typechecked(values=(check_roles, no_nan_where_real("log_probs")))
+def gradient_reliance(
     log_probs: Float[Tensor, "batch time"],
     embeddings: Float[Tensor, "batch time hidden_dim"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, "batch time"]:
-    r"""How much the reasoning's log-odds hang on each perception token, by gradient; 1 on average over these tokens.
+    r"""How much the reasoning's log-odds depend on each perception token, by gradient; 1 on average over these tokens.
 
     .. math:: u_t = \Bigl\| \frac{\partial}{\partial e_t} \sum_{r \in R} \operatorname{logit} p_r \Bigr\|_2, \qquad
         U_t = u_t / \operatorname{mean}_P u, \qquad \operatorname{logit} p = \log p - \log(1 - p)
 
     with :math:`P` and :math:`R` the perception and reasoning tokens of one trajectory and :math:`e_t` the embedding
-    that the model was given for token :math:`t`. Log-odds, for a log-prob near 0 has next to no gradient although a
-    copied number is exactly what the perception is for. Their slope :math:`1 / (1 - p)` is that of log-probs of at
-    most -0.001: a token surer than that counts for less the surer it is, so certain tokens, whose :math:`1 - p` is
-    rounding, cannot dominate.
+    that the model was given for token :math:`t`. Log-odds, because a log-prob near 0 has next to no gradient
+    although a copied number is exactly what the perception is for. Their slope :math:`1 / (1 - p)` is that of log-probs
+    of at most -0.001: a token surer than that counts for less the surer it is, so certain tokens, whose
+    :math:`1 - p` is rounding, cannot dominate.
 
-    One backward serves the whole batch, for responses do not depend on each other; in a packed row they would have to
-    be kept apart. It runs here, frees the graph and leaves every ``.grad`` alone. Meant for once per rollout batch.
+    One backward serves the whole batch, because responses do not depend on each other; in a packed row they would have
+    to be kept apart. It runs here, frees the graph and leaves every ``.grad`` alone. Meant for once per rollout batch.
 
     Args:
         log_probs: Each response token, nats, with a graph from `embeddings`.
@@ -61,7 +60,7 @@ def perception_use(
 
     Returns:
         Detached and at least 0, in float32 or float64; 0 outside the perception. Exactly 1 throughout the perception
-        where there is no reasoning, or where the reasoning hangs on none of it.
+        where there is no reasoning, or where the reasoning depends on none of it.
 
     Raises:
         ValueError: If `log_probs` has no graph to `embeddings`, a role is outside the enum, or a log-prob of a real
@@ -71,15 +70,13 @@ def perception_use(
         >>> embeddings = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]]], requires_grad=True)
         >>> logit = (embeddings[:, 0] * torch.tensor([0.0, 3.0]) + embeddings[:, 1]).sum(1)
         >>> log_probs = torch.stack([torch.zeros(1), torch.zeros(1), torch.nn.functional.logsigmoid(logit)], dim=1)
-        >>> perception_use(log_probs, embeddings, torch.tensor([[1, 1, 2]]), torch.ones(1, 3).bool())
+        >>> gradient_reliance(log_probs, embeddings, torch.tensor([[1, 1, 2]]), torch.ones(1, 3).bool())
         tensor([[1.3592, 0.6408, 0.0000]])
 
     References:
         None: an extension of this project, not part of SRPO (arXiv:2605.07274).
     """
-    check_roles(roles, mask)
-    check_no_nan("log_probs", log_probs, mask)
-    perception, reasoning = mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING))
+    perception, reasoning = role_masks(roles, mask)
     slope = -1.0 / torch.expm1(log_probs.detach().to(at_least_float32(log_probs.dtype)).clamp(max=_MAX_LOG_PROB))
     slope = torch.where(reasoning, slope, 0.0).to(log_probs.dtype)
     gradient = None
@@ -90,9 +87,9 @@ def perception_use(
             "log_probs has no graph to embeddings; run the forward with gradients enabled and give it these very "
             "embeddings, with requires_grad set before: a slice or copy taken afterwards is not part of the graph"
         )
-    use = gradient.detach().to(at_least_float32(gradient.dtype)).norm(dim=-1)
-    check_no_nan("the gradient of log_probs by embeddings", use.masked_fill(use.isinf(), torch.nan), perception)
-    return _mean_one(use, perception, perception & reasoning.any(1, keepdim=True))
+    size = gradient.detach().to(at_least_float32(gradient.dtype)).norm(dim=-1)
+    check_no_nan("the gradient of log_probs by embeddings", size.masked_fill(size.isinf(), torch.nan), perception)
+    return _mean_one(size, perception, perception & reasoning.any(1, keepdim=True))
 
 
 @typechecked
@@ -105,8 +102,8 @@ def perception_spans(
     """Number of the span, from 0, that each perception token belongs to; -1 at every other token.
 
     The perception of a response, all its blocks together, is cut into `spans` runs of equal length or nearly; one of
-    fewer tokens into runs of one token. Sentences are a better cut where the text is at hand: :func:`span_use` takes
-    any numbering.
+    fewer tokens into runs of one token. Sentences are a better cut where the text is at hand: :func:`span_reliance`
+    takes any numbering.
 
     Args:
         roles: What each token does, :class:`~srpo_core.Role`.
@@ -124,7 +121,7 @@ def perception_spans(
     """
     if spans < 1:
         raise ValueError(f"spans must be at least 1, got {spans}")
-    perception = mask & (roles == int(Role.PERCEPTION))
+    perception = role_masks(roles, mask).perception
     count = perception.sum(1, keepdim=True)
     number = (perception.cumsum(1) - 1) * count.clamp(max=spans) // count.clamp(min=1)
     return torch.where(perception, number, -1)
@@ -142,34 +139,34 @@ class SpanCounterfactuals(NamedTuple):
     responses: tuple[CounterfactualResponses, ...]
 
     @typechecked
-    def use(
+    def reliance(
         self,
         log_probs: Sequence[Tensor],
-        original_log_probs: Float[Tensor, "batch time"],
         roles: Int[Tensor, "batch time"],
         mask: Bool[Tensor, "batch time"],
         *,
+        original_log_probs: Float[Tensor, "batch time"],
         clip: float = 5.0,
     ) -> Float[Tensor, "batch time"]:
-        """How much the reasoning owes to the span of each perception token: :func:`span_use` of the scored responses.
+        """How much the reasoning relies on the span of each perception token: :func:`span_reliance` of these passes.
 
         Args:
             log_probs: One tensor [batch, new_time] for each of ``responses``, nats: ``log_probs[k][b, t]`` scores
                 ``responses[k].token_ids[b, t]``.
-            original_log_probs: Of the original responses, nats, from the same code path.
             roles: What each token does, :class:`~srpo_core.Role`.
             mask: True at the tokens that are trained on; elsewhere the inputs may hold anything, even NaN.
-            clip: See :func:`span_use`.
+            original_log_probs: Of the original responses, nats, from the same code path.
+            clip: See :func:`span_reliance`.
 
         Raises:
-            ValueError: If a pass is missing, one has another shape than its responses, or as :func:`span_use`.
+            ValueError: If a pass is missing, one has another shape than its responses, or as :func:`span_reliance`.
 
         Example:
             >>> ids = torch.tensor([[1, 7, 8, 2, 8]])
             >>> roles = torch.tensor([[0, 1, 1, 0, 2]])
             >>> without = span_counterfactuals(ids, roles, ids > 0, spans=2)
             >>> passes = [torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -1.0, -1.0, -4.0]])]
-            >>> without.use(passes, -torch.ones(1, 5), roles, ids > 0)
+            >>> without.reliance(passes, roles, ids > 0, original_log_probs=-torch.ones(1, 5))
             tensor([[0., 0., 2., 0., 0.]])
         """
         if len(log_probs) != len(self.responses):
@@ -178,13 +175,15 @@ class SpanCounterfactuals(NamedTuple):
                 "score each of responses once, in order"
             )
         carried = [
-            responses.carry_back(scored, original_log_probs)
+            responses.carry_back(scored, original_log_probs=original_log_probs)
             for responses, scored in zip(self.responses, log_probs, strict=True)
         ]
-        return span_use(original_log_probs, torch.stack(carried), self.spans, roles, mask, clip=clip)
+        return span_reliance(
+            original_log_probs, roles, mask, without_log_probs=torch.stack(carried), spans=self.spans, clip=clip
+        )
 
 
-@typechecked
+@typechecked(values=(check_roles,))
 def span_counterfactuals(
     token_ids: Int[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -194,13 +193,14 @@ def span_counterfactuals(
     boundary: Bool[Tensor, "batch time"] | None = None,
     pad_token_id: int = 0,
 ) -> SpanCounterfactuals:
-    """Responses without each span of their perception in turn, to be scored by the policy for :func:`span_use`.
+    """Responses without each span of their perception in turn, to be scored by the policy for :func:`span_reliance`.
 
     The spans are those of :func:`perception_spans`, and a span is dropped: its tokens are removed, tags and all else
     stay. There are always `spans` batches, whatever the responses hold, so every rank runs the same number of passes::
 
         without = span_counterfactuals(token_ids, roles, mask, boundary=boundary)
-        use = without.use([score(each.token_ids) for each in without.responses], log_probs, roles, mask)
+        passes = [score(each.token_ids) for each in without.responses]
+        reliance = without.reliance(passes, roles, mask, original_log_probs=log_probs)
 
     Waits for the device, to learn the new lengths: meant to run once per rollout batch.
 
@@ -210,11 +210,11 @@ def span_counterfactuals(
         mask: True at tokens the policy sampled. Padding may hold anything.
         spans: At most how many, at least 1. Each is one more forward.
         boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.Segmentation`; None: no token
-            straddles. They stay, so they are in no span, and their use is 1.
+            straddles. They stay, so they are in no span, and their reliance is 1.
         pad_token_id: Fills the new responses up.
 
     Raises:
-        ValueError: If `spans` is less than 1.
+        ValueError: If `spans` is less than 1; outside ``torch.compile`` also if a role is outside the enum.
 
     Example:
         >>> ids = torch.tensor([[1, 7, 8, 2, 8], [1, 9, 2, 8, 0]])
@@ -247,17 +247,30 @@ def span_counterfactuals(
     return SpanCounterfactuals(numbers, tuple(responses))
 
 
-@typechecked
-def span_use(
+def _values_of_passes(arguments: Mapping[str, Any]) -> None:
+    passes, spans = arguments["without_log_probs"], arguments["spans"]
+    for k, without in enumerate(passes):
+        check_no_nan(f"without_log_probs[{k}]", without, arguments["mask"])
+    wrong = ((spans >= len(passes)) & role_masks(arguments["roles"], arguments["mask"]).perception).nonzero()
+    if len(wrong):
+        row, time = wrong[0].tolist()
+        raise ValueError(
+            f"spans is {spans[row, time]} at trajectory {row} token {time}, and without_log_probs holds "
+            f"{len(passes)} passes; pass one for each span, numbered from 0"
+        )
+
+
+@typechecked(values=(check_roles, no_nan_where_real("log_probs"), _values_of_passes))
+def span_reliance(
     log_probs: Float[Tensor, "batch time"],
-    without_log_probs: Float[Tensor, "spans batch time"],
-    spans: Int[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
+    without_log_probs: Float[Tensor, "spans batch time"],
+    spans: Int[Tensor, "batch time"],
     clip: float = 5.0,
 ) -> Float[Tensor, "batch time"]:
-    r"""How much, in likelihood, the reasoning owes to the span of each perception token; 1 on average over these.
+    r"""How much, in likelihood, the reasoning relies on the span of each perception token; 1 on average over these.
 
     Forwards only: the response is scored once more for each span :math:`k`, without that span of its perception.
 
@@ -270,119 +283,101 @@ def span_use(
 
         others = torch.where((spans != k) & (roles == Role.PERCEPTION), int(Role.OTHER), roles)
         without = counterfactual_responses(token_ids, others, mask, kind="drop")
-        without_log_probs[k] = without.carry_back(score(without), log_probs)
+        without_log_probs[k] = without.carry_back(score(without), original_log_probs=log_probs)
 
     Args:
         log_probs: Each response token, nats.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         without_log_probs: The same tokens without span :math:`k`, nats, by the same code path.
         spans: Span of each perception token, from :func:`perception_spans` or your own numbering from 0. A perception
             token with -1 is in none and gets 1. Read at perception tokens only.
-        roles: What each token does, :class:`~srpo_core.Role`.
-        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         clip: :math:`c`, nats, above 0: bound of what one reasoning token adds.
 
     Returns:
         Detached and at least 0; 0 outside the perception. Exactly 1 throughout the perception where there is no
-        reasoning, or where the reasoning owes nothing to any span.
+        reasoning, or where the reasoning relies on no span.
 
     Raises:
-        ValueError: If `clip` is out of range, a role is outside the enum, a span of a perception token has no pass in
-            `without_log_probs`, or a log-prob of a real token is NaN (eager mode; the tensors are read on the host).
+        ValueError: If `clip` is out of range; outside ``torch.compile`` also if a role is outside the enum, a span of a
+            perception token has no pass in `without_log_probs`, or a log-prob of a real token is NaN, for which the
+            tensors are read on the host.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -1.0, -1.0, -0.5]])
         >>> without = torch.tensor([[[-1.0, -1.0, -1.0, -3.5]], [[-1.0, -1.0, -1.0, -0.4]]])
-        >>> span_use(log_probs, without, torch.tensor([[0, 1, 1, -1]]), torch.tensor([[1, 1, 1, 2]]),
-        ...          torch.ones(1, 4).bool())
+        >>> span_reliance(log_probs, torch.tensor([[1, 1, 1, 2]]), torch.ones(1, 4).bool(),
+        ...               without_log_probs=without, spans=torch.tensor([[0, 1, 1, -1]]))
         tensor([[3., 0., 0., 0.]])
 
     References:
         None: an extension of this project, not part of SRPO (arXiv:2605.07274).
     """
-    check_roles(roles, mask)
-    check_no_nan("log_probs", log_probs, mask)
-    perception, reasoning = mask & (roles == int(Role.PERCEPTION)), mask & (roles == int(Role.REASONING))
-    _check_passes(without_log_probs, spans, perception, mask)
-    owed = contrast(log_probs, without_log_probs, reasoning, kind="positive", clip=clip).sum(-1)
+    perception, reasoning = role_masks(roles, mask)
+    taken = contrast(log_probs, without_log_probs, reasoning, kind="positive", clip=clip).sum(-1)
     held = perception & (spans >= 0)
     # One row more, for the tokens that no pass is about: there may be no pass at all.
-    owed = F.pad(owed, (0, 0, 0, 1))
-    use = owed.gather(0, torch.where(held, spans.long(), 0).T).T
-    return _mean_one(use, perception, held)
+    taken = F.pad(taken, (0, 0, 0, 1))
+    return _mean_one(taken.gather(0, torch.where(held, spans.long(), 0).T).T, perception, held)
 
 
-@typechecked
-def apply_use(
-    visual_dependency: Float[Tensor, "batch time"],
-    use: Float[Tensor, "batch time"],
+def _no_nan_in_perception(arguments: Mapping[str, Any]) -> None:
+    perception = role_masks(arguments["roles"], arguments["mask"]).perception
+    check_no_nan("scores", arguments["scores"], perception)
+    check_no_nan("reliance", arguments["reliance"], perception)
+
+
+@typechecked(values=(check_roles, _no_nan_in_perception))
+def apply_reliance(
+    scores: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
-    mode: Use = "product",
+    reliance: Float[Tensor, "batch time"],
+    mode: RelianceMode = "product",
 ) -> Float[Tensor, "batch time"]:
-    r"""Score of each perception token, nats, after its use by the reasoning; 0 at every other token.
+    r"""The scores, nats, in which those of perception tokens also count how much the reasoning relies on the token.
 
-    ``product``: :math:`s_t U_t`, what the token owes to the image times what the reasoning owes to the token.
-    ``share``: :math:`U_t \operatorname{mean}_P s`: use alone decides among the perception tokens, the image only how
-    much they weigh against the reasoning. The score is no longer bounded by the clip of :math:`s`.
+    ``product``: :math:`s_t U_t`, how much the token depends on the image times how much the reasoning relies on it.
+    ``share``: :math:`U_t \operatorname{mean}_P s`: reliance alone decides among the perception tokens, and the image
+    only how much they weigh against the reasoning. The score is no longer bounded by the clip of :math:`s`.
 
     Args:
-        visual_dependency: :math:`s`, nats, from :func:`~srpo_core.visual_dependency` or a divergence.
-        use: :math:`U`, from :func:`perception_use` or :func:`span_use`: 1 on average over a trajectory's perception.
+        scores: :math:`s`, nats: from :func:`~srpo_core.visual_dependency` or a divergence at perception tokens.
         roles: What each token does, :class:`~srpo_core.Role`.
-        mask: True at response tokens; elsewhere, and outside the perception, the inputs may hold anything, even NaN.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        reliance: :math:`U`, from :func:`gradient_reliance` or :func:`span_reliance`: 1 on average over a trajectory's
+            perception. Read at perception tokens only.
         mode: How the two are combined.
 
     Returns:
-        Detached scores, for :func:`~srpo_core.shared_baseline_weights`.
+        Detached scores, for :func:`~srpo_core.shared_baseline_weights`. Scores of other tokens are as they were.
 
     Raises:
-        ValueError: If `mode` is unknown, a role is outside the enum, or a value at a perception token is NaN (eager
-            mode; the tensors are read on the host).
+        ValueError: If `mode` is unknown; outside ``torch.compile`` also if a role is outside the enum or a value at a
+            perception token is NaN, for which the tensors are read on the host.
 
     Example:
-        >>> scores, use, roles = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5, 1.5]]), torch.tensor([[1, 1]])
-        >>> apply_use(scores, use, roles, roles > 0)
-        tensor([[1.5000, 1.5000]])
-        >>> apply_use(scores, use, roles, roles > 0, mode="share")
-        tensor([[1., 3.]])
+        >>> scores, reliance = torch.tensor([[3.0, 1.0, 7.0]]), torch.tensor([[0.5, 1.5, 0.0]])
+        >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING]])
+        >>> apply_reliance(scores, roles, roles > 0, reliance=reliance)
+        tensor([[1.5000, 1.5000, 7.0000]])
+        >>> apply_reliance(scores, roles, roles > 0, reliance=reliance, mode="share")
+        tensor([[1., 3., 7.]])
 
     References:
         None: an extension of this project, not part of SRPO (arXiv:2605.07274).
     """
-    check_roles(roles, mask)
-    perception = mask & (roles == int(Role.PERCEPTION))
-    check_no_nan("visual_dependency", visual_dependency, perception)
-    check_no_nan("use", use, perception)
-    return used(visual_dependency, use, perception, mode=mode)
-
-
-def used(visual_dependency: Tensor, use: Tensor, perception: Tensor, *, mode: str) -> Tensor:
-    """`apply_use` without the checks of values, so without a host sync."""
     shares = choose("mode", mode, {"product": False, "share": True})
-    dtype = at_least_float32(torch.promote_types(visual_dependency.dtype, use.dtype))
-    scores, use = visual_dependency.detach().to(dtype), use.detach().to(dtype)
-    if shares:
-        scores = masked_mean(scores, perception, dim=1)[:, None]
-    return torch.where(perception, scores * use, 0.0)
+    perception = role_masks(roles, mask).perception
+    dtype = at_least_float32(torch.promote_types(scores.dtype, reliance.dtype))
+    scores, reliance = scores.detach().to(dtype), reliance.detach().to(dtype)
+    shared = masked_mean(scores, perception, dim=1)[:, None] if shares else scores
+    return torch.where(perception, shared * reliance, scores)
 
 
-def _mean_one(use: Tensor, perception: Tensor, known: Tensor) -> Tensor:
-    """Use over its mean; 1 where it is not known or none of it is above 0, and 0 outside the perception."""
-    mean = masked_mean(use, known, dim=1)[:, None]
-    use = torch.where(known & (mean > 0), use / mean, 1.0)
-    return torch.where(perception, use, 0.0)
-
-
-def _check_passes(without_log_probs: Tensor, spans: Tensor, perception: Tensor, mask: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for k, without in enumerate(without_log_probs):
-        check_no_nan(f"without_log_probs[{k}]", without, mask)
-    wrong = ((spans >= len(without_log_probs)) & perception).nonzero()
-    if len(wrong):
-        row, time = wrong[0].tolist()
-        raise ValueError(
-            f"spans is {spans[row, time]} at trajectory {row} token {time}, and without_log_probs holds "
-            f"{len(without_log_probs)} passes; pass one for each span, numbered from 0"
-        )
+def _mean_one(values: Tensor, perception: Tensor, known: Tensor) -> Tensor:
+    """Values over their mean; 1 where they are not known or none is above 0, and 0 outside the perception."""
+    mean = masked_mean(values, known, dim=1)[:, None]
+    values = torch.where(known & (mean > 0), values / mean, 1.0)
+    return torch.where(perception, values, 0.0)

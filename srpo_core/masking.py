@@ -1,9 +1,19 @@
 """Reductions over the tokens that count, and the value checks that name the one that is wrong."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from srpo_core.roles import Role
+__all__ = [
+    "at_least_float32",
+    "check_no_nan",
+    "masked_max",
+    "masked_mean",
+    "masked_min",
+    "no_nan_where_real",
+]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -19,21 +29,19 @@ def masked_mean(values: Tensor, where: Tensor, *, dim: int | None = None, empty:
 
 
 def masked_min(values: Tensor, where: Tensor, *, empty: float) -> Tensor:
-    """Least of `values` where `where`; `empty` if there is no such element."""
+    """Smallest of `values` where `where`; `empty` if there is no such element."""
     return -masked_max(-values, where, empty=-empty)
 
 
 def masked_max(values: Tensor, where: Tensor, *, empty: float) -> Tensor:
-    """Greatest of `values` where `where`; `empty` if there is no such element."""
+    """Largest of `values` where `where`; `empty` if there is no such element."""
     if values.numel() == 0:
         return values.new_full((), empty)
     return torch.where(where.any(), torch.where(where, values, -torch.inf).amax(), empty)
 
 
 def check_no_nan(argument: str, values: Tensor, where: Tensor) -> None:
-    """Raise if a value that counts is NaN, naming the first. Reads the tensor on the host; off under compile."""
-    if torch.compiler.is_compiling():
-        return
+    """Raise if a value that counts is NaN, naming the first. Reads the tensor on the host."""
     wrong = (values.isnan() & where).nonzero()
     if len(wrong):
         place = " token ".join(map(str, wrong[0].tolist()))
@@ -43,15 +51,12 @@ def check_no_nan(argument: str, values: Tensor, where: Tensor) -> None:
         )
 
 
-def check_roles(roles: Tensor, mask: Tensor) -> None:
-    """Raise if a real token has a role outside the enum. Reads the tensor on the host; off under compile."""
-    if torch.compiler.is_compiling():
-        return
-    wrong = (((roles < min(Role)) | (roles > max(Role))) & mask).nonzero()
-    if len(wrong):
-        row, time = wrong[0].tolist()
-        known = ", ".join(f"{role.value} ({role.name})" for role in Role)
-        raise ValueError(
-            f"roles is {roles[row, time]} at trajectory {row} token {time}; expected {known}: "
-            "pass the roles of segment_responses or segment_roles"
-        )
+def no_nan_where_real(*arguments: str) -> Callable[[Mapping[str, Any]], None]:
+    """A stage of checks for ``typechecked``: none of these arguments, if given, may be NaN where ``mask`` is True."""
+
+    def check(bound: Mapping[str, Any]) -> None:
+        for argument in arguments:
+            if bound.get(argument) is not None:
+                check_no_nan(argument, bound[argument], bound["mask"])
+
+    return check

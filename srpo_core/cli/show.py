@@ -1,0 +1,93 @@
+"""``srpo show``: one response in the terminal."""
+
+from itertools import islice
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from srpo_core.cli.reading import File, Strict, finish, name_lines, read
+from srpo_core.cli.terminal import By, heat_text, legend, out, print_caret, safe, stop, table
+from srpo_core.diagnostics import ROLE_NAMES
+from srpo_core.report import REASONS, fault
+from srpo_core.roles import Role
+from srpo_core.rollouts import RolloutError, ScoredRollout, score_rollouts
+from srpo_core.tags import BrokenReason
+
+__all__ = ["show"]
+
+
+def show(
+    file: File,
+    index: Annotated[int, typer.Option(min=0, help="Which response, from 0; malformed lines do not count.")] = 0,
+    by: Annotated[By, typer.Option(help="What the colors mean.")] = "weight",
+    list_tokens: Annotated[bool, typer.Option("--table", help="List every token with its numbers.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Show one response as a heat map in the terminal."""
+    errors: list[RolloutError] = []
+    found = next(islice(read(file, errors, strict=strict), index, None), None)
+    if found is None:
+        name_lines(errors)
+        stop(f"{file} has fewer than {index + 1} readable responses")
+    scored = next(score_rollouts([found]))
+    _print_facts(scored, index)
+    _print_heat(scored, by)
+    _print_fault(scored)
+    if (list_tokens or out.color_system is None) and len(found):
+        out.print(_token_table(scored))
+    finish(errors)
+
+
+def _print_facts(scored: ScoredRollout, index: int) -> None:
+    rollout = scored.rollout
+    facts = [f"#{index}"] + ([rollout.id] if rollout.id is not None else [])
+    for name in ("step", "group", "reward", "advantage", "reference", "image"):
+        if (value := getattr(rollout, name)) is not None:
+            facts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    for name, value in (("answer", rollout.is_right), ("perception", rollout.perception_correct)):
+        if value is not None:
+            facts.append(f"{name} {'right' if value else 'wrong'}")
+    out.print(safe("  ".join(facts), style="bold"))
+    if rollout.prompt is not None:
+        out.print(safe(rollout.prompt, style="italic"))
+    out.print()
+
+
+def _print_heat(scored: ScoredRollout, by: By) -> None:
+    rollout = scored.rollout
+    if not len(rollout):
+        out.print(safe(rollout.text))
+        return
+    out.print(heat_text(rollout.pieces, scored.weights if by == "weight" else scored.scores, by=by), soft_wrap=False)
+    out.print(Text("\n").append_text(legend(by)))
+    out.print(_role_table(scored))
+
+
+def _print_fault(scored: ScoredRollout) -> None:
+    reason, position = fault(scored.rollout)
+    # The trainer may have judged otherwise than the text tells.
+    if scored.broken != BrokenReason.NONE and position is not None and reason != BrokenReason.NONE:
+        out.print(Text(f"\nmalformed: {REASONS[reason]}", style="yellow"))
+        print_caret(None, scored.rollout.text, position)
+
+
+def _role_table(scored: ScoredRollout) -> Table:
+    rows = table("", "tokens", "mean weight", "range", "mean score")
+    for role, name in ROLE_NAMES.items():
+        where = scored.roles == int(role)
+        if where.any():
+            of, scores = scored.weights[where], scored.scores[where]
+            spread = f"{of.min():.2f} to {of.max():.2f}"
+            rows.add_row(name, str(where.sum()), f"{of.mean():.3f}", spread, f"{scores.mean():+.3f} nats")
+    return rows
+
+
+def _token_table(scored: ScoredRollout) -> Table:
+    rows = table("token", "role", "weight", "score", left=2)
+    for piece, role, weight, score in zip(
+        scored.rollout.pieces, scored.roles, scored.weights, scored.scores, strict=True
+    ):
+        rows.add_row(safe(repr(piece)), Role(role).name.lower(), f"{weight:.3f}", f"{score:+.3f}" if role else "")
+    return rows

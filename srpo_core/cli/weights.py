@@ -1,0 +1,162 @@
+"""``srpo weights``: other options tried on recorded log-probs."""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import Field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import typer
+from rich.text import Text
+
+from srpo_core.checked import OptionError
+from srpo_core.cli.reading import DEFAULT_WORKERS, Files, Strict, Workers, finish, progress_bar, summarize
+from srpo_core.cli.terminal import out, stop, table
+from srpo_core.diagnostics import ROLE_NAMES
+from srpo_core.options import ContextOptions, CreditOptions
+from srpo_core.rollouts import Rollout, RolloutError, ScoringOptions, Summary, parse_rollout, score_rollouts
+from srpo_core.rollouts.record import DIVERGENCES, load_json
+from srpo_core.rollouts.scoring import SERVED, UNREAD
+
+__all__ = ["weights"]
+
+
+def _offered() -> dict[str, tuple[Field[Any], Any]]:
+    """The options that can be tried on a file, by name: their fields, and their types where only names are offered."""
+    of_credit = [each.name for each in fields(CreditOptions) if each.name not in UNREAD]
+    offered = {}
+    for group, names in ((CreditOptions, of_credit), (ContextOptions, ["answer_role"])):
+        hints = get_type_hints(group)
+        for each in fields(group):
+            if each.name in names:
+                kinds = (hints[each.name], *get_args(hints[each.name]))
+                choices = SERVED.get(each.name) or next((get_args(k) for k in kinds if get_origin(k) is Literal), None)
+                offered[each.name] = each, Literal[choices] if choices else hints[each.name]
+    return offered
+
+
+def _written(name: str) -> str:
+    """The name of an option on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the offered options into the signature of a command, where typer finds them, instead of its ``**chosen``."""
+    signature = inspect.signature(command)
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    for name, (each, kind) in _offered().items():
+        notes = [str(bounds)] if (bounds := each.metadata["range"]) and str(bounds) else []
+        if (read_by := each.metadata["read_by"]) is not None:
+            notes.append(f"only with {_written(read_by.option)} {' or '.join(read_by.values)}")
+        help_text = each.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+        annotation = Annotated[kind, typer.Option(_written(name), help=help_text)]
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=annotation)
+        )
+    command.__signature__ = signature.replace(parameters=parameters)
+    return command
+
+
+@_with_options
+def weights(
+    files: Files,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the rollouts with these weights.")
+    ] = None,
+    strict: Strict = False,
+    workers: Workers = DEFAULT_WORKERS,
+    **chosen: Any,
+) -> None:
+    """Apply options to the recorded log-probs and compare the weights: try settings before training with them.
+
+    With `--scale batch_rms` all the files together are the batch.
+    """
+    answer_role = chosen.pop("answer_role")
+    try:
+        options = ScoringOptions(CreditOptions(**chosen), answer_role=answer_role, recompute=True)
+        before = summarize(files, ScoringOptions(), strict=strict, workers=workers)
+        after = summarize(files, options, strict=strict, workers=workers)
+    except OptionError as error:
+        stop(error.worded(_written))
+    except ValueError as error:
+        stop(str(error))
+    recorded = int(before.columns["recorded"].sum())
+    name = "recorded" if recorded == len(before) else "recorded or default" if recorded else "default options"
+    _print_comparison({name: before, "these options": after})
+    if not after.columns["contrast"].all():
+        lacking = int((~after.columns["contrast"]).sum())
+        out.print(Text(f"\n{lacking:,} responses have neither log-probs of a second pass nor scores: weights 1."))
+    if output is not None:
+        if any(output.exists() and output.samefile(file) for file in files):
+            stop(f"{output} is one of the files that are read; write to another")
+        _write_weights(files, output, after.options)
+        out.print(Text(f"\n{output} holds the rollouts with these weights; srpo report reads it."))
+    finish(before.errors, before.malformed)
+
+
+def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> None:
+    with (
+        output.open("w", encoding="utf-8", errors="replace", newline="\n") as target,
+        progress_bar("writing") as progress,
+    ):
+        total, done = sum(file.stat().st_size for file in files), 0
+        for file in files:
+            with file.open("rb") as source:
+                while lines := list(islice(source, 256)):
+                    done += sum(map(len, lines))
+                    good = [(line, rollout) for line in lines if (rollout := _rollout_or_none(line)) is not None]
+                    scored = score_rollouts([rollout for _, rollout in good], options)
+                    for (line, _), row in zip(good, scored, strict=True):
+                        values = load_json(line)
+                        if len(row.weights):
+                            values |= {"weights": _rounded(row.weights), "scores": _rounded(row.scores)}
+                        for name in DIVERGENCES:  # of two steps that the old weights defined
+                            values.pop(name, None)
+                        target.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
+                    progress(done, total)
+
+
+def _rollout_or_none(line: bytes) -> Rollout | None:
+    try:
+        return None if line.isspace() else parse_rollout(line)
+    except RolloutError:
+        return None
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return (np.round(values.astype(np.float64), 5) + 0.0).tolist()
+
+
+# What follows the name of a role in a row, and in the name of a metric.
+_ANSWERS = {"": "", ", right answers": "/right", ", wrong answers": "/wrong"}
+_HEADINGS = {"mass": "mass", "mean": "mean", "p05": "5 %", "p50": "median", "p95": "95 %", "clipped": "clipped"}
+
+
+def _print_comparison(summaries: dict[str, Summary]) -> None:
+    """What the options change: the metrics of both summaries, by the parts of their names in rows and columns."""
+    metrics = {name: summary.metrics() for name, summary in summaries.items()}
+
+    def compare(title: str, prefixes: dict[str, str], keys: list[str]) -> None:
+        rows = table(title, "", *(_HEADINGS[key] for key in keys), left=2)
+        for label, prefix in prefixes.items():
+            for number, (name, values) in enumerate(metrics.items()):
+                cells = [f"{values[at]:.3f}" if (at := f"{prefix}/{key}") in values else "" for key in keys]
+                if any(cells):
+                    rows.add_row("" if number else label, name, *cells, style="" if number else "dim")
+        out.print(rows)
+        out.print()
+
+    overall = table("", *metrics)
+    for label, name in (("cosine to GRPO", "advantage/cosine"), ("effective tokens", "tokens/effective_fraction")):
+        overall.add_row(label, *(f"{values[name]:.4f}" if name in values else "" for values in metrics.values()))
+    out.print(overall)
+    out.print()
+    roles = {f"{name}{suffix}": f"{name}{path}" for name in ROLE_NAMES.values() for suffix, path in _ANSWERS.items()}
+    compare("weight", {label: f"weight/{path}" for label, path in roles.items()}, ["mass", "mean", "p05", "p50", "p95"])
+    compare(
+        "score, nats", {name: f"score/{name}" for name in ROLE_NAMES.values()}, ["mean", "p05", "p50", "p95", "clipped"]
+    )

@@ -1,0 +1,157 @@
+"""The data of the page that are about all responses: counts, metrics, histograms, curves."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srpo_core.diagnostics import ROLE_NAMES
+from srpo_core.report.words import REASONS, changed_options, interference_in_words, origin_of_weights
+from srpo_core.rollouts import Summary
+
+_BARS = 64  # of a histogram
+
+
+def overview(summary: Summary, title: str) -> dict[str, Any]:
+    """The data of the page that are about all responses."""
+    columns = summary.columns
+    steps = np.unique(columns["step"][columns["step"] >= 0])
+    rewards = columns["reward"][~np.isnan(columns["reward"])]
+    advantages = summary.advantages
+    metrics = summary.metrics()
+    figure, advice = interference_in_words(metrics.pop("interference", None))  # JSON has no infinity
+    return {
+        "title": title,
+        "version": _version(),
+        "files": [Path(file).name for file in summary.files],
+        "counts": {
+            "responses": len(summary),
+            "tokens": int(columns["tokens"].sum()),
+            "groups": len({group for group in summary.groups if group is not None}),
+            "silent": _silent_share(summary, advantages),
+            "steps": len(steps),
+            "malformed": summary.malformed,
+            "noContrast": int((~columns["contrast"] & ~columns["recorded"]).sum()),
+        },
+        "reward": float(rewards.mean()) if len(rewards) else None,
+        "errors": [
+            {"file": Path(error.path or "").name, "line": error.line, "reason": error.reason}
+            for error in summary.errors[:5]
+        ],
+        "weights": origin_of_weights(summary),
+        "options": changed_options(summary.options),
+        "clip": summary.options.config.score_clip,
+        "metrics": metrics,
+        "interference": {"figure": figure, "advice": advice, "responses": int(columns["diverged"].sum())},
+        "histograms": _histograms(summary),
+        "broken": [
+            {
+                "reason": reason.name.lower(),
+                "meaning": REASONS[reason],
+                "count": int((columns["broken"] == reason).sum()),
+            }
+            for reason in REASONS
+        ],
+        "quadrants": _quadrants(summary),
+        "steps": _steps(summary, steps) if len(steps) > 2 else None,
+    }
+
+
+def _version() -> str:
+    try:
+        return version("srpo-core")
+    except PackageNotFoundError:
+        return "from source"
+
+
+def _silent_share(summary: Summary, advantages: NDArray[np.float64]) -> float | None:
+    """Share of responses with an advantage of 0, as when all rewards of a group are equal: they teach nothing."""
+    known = ~np.isnan(advantages)
+    return float((advantages[known] == 0).mean()) if known.any() else None
+
+
+def _histograms(summary: Summary) -> dict[str, Any]:
+    """Shares of tokens by weight (in powers of 2) and by score (nats)."""
+    histograms: dict[str, Any] = {}
+    for index, name in enumerate(ROLE_NAMES.values()):
+        for kind, grid, counts in (
+            ("weight", np.log2(summary.weight_grid), summary.weight_counts[index]),
+            ("score", summary.score_grid, summary.score_counts[index][None]),
+        ):
+            reach = _reach(grid, summary, kind)
+            edges = np.linspace(-reach, reach, _BARS + 2)  # an odd number of bars: one has 1, or 0, in its middle
+            bins = np.clip(np.searchsorted(edges, grid, side="right") - 1, 0, _BARS)
+            bars = np.stack([np.bincount(bins, weights=row, minlength=_BARS + 1) for row in counts])
+            whole = bars.sum(0)
+            histograms.setdefault(kind, {})[name] = {
+                "reach": reach,
+                "all": _shares(whole),
+                "wrong": _shares(bars[0]) if kind == "weight" else [],
+                "right": _shares(bars[1]) if kind == "weight" else [],
+                "count": int(whole.sum()),
+            }
+    return histograms
+
+
+def _reach(grid: NDArray[np.float64], summary: Summary, kind: str) -> float:
+    """The same axis for both roles, wide enough for nearly all tokens."""
+    counts = summary.weight_counts.sum((0, 1)) if kind == "weight" else summary.score_counts.sum(0)
+    if not counts.any():
+        return 1.0
+    share = np.cumsum(counts) / counts.sum()
+    low, high = grid[np.searchsorted(share, 0.001)], grid[min(np.searchsorted(share, 0.999), len(grid) - 1)]
+    steps = [0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    return next((step for step in steps if step >= max(abs(low), abs(high))), float(max(abs(low), abs(high))))
+
+
+def _shares(counts: NDArray[np.float64]) -> list[float]:
+    total = counts.sum()
+    return [round(share, 5) for share in (counts / total).tolist()] if total else []
+
+
+def _quadrants(summary: Summary) -> list[dict[str, Any]] | None:
+    """Right and wrong answers after right and wrong perceptions, where the perceptions are labeled."""
+    columns = summary.columns
+    if not ((columns["perception_right"] >= 0) & (columns["right"] >= 0)).any():
+        return None
+    cells = []
+    for perception in (1, 0):
+        for answer in (1, 0):
+            rows = (columns["perception_right"] == perception) & (columns["right"] == answer)
+            tokens = columns["perception/tokens"][rows].sum()
+            cells.append(
+                {
+                    "perception": perception,
+                    "answer": answer,
+                    "count": int(rows.sum()),
+                    "weight": float(columns["perception/weights"][rows].sum() / tokens) if tokens else None,
+                    "score": float(columns["perception/scores"][rows].sum() / tokens) if tokens else None,
+                }
+            )
+    return cells
+
+
+def _steps(summary: Summary, steps: NDArray[np.int64]) -> dict[str, Any]:
+    """Means over the responses of each step."""
+    columns = summary.columns
+
+    def series(numerator: NDArray[Any], denominator: NDArray[Any] | None = None) -> list[float | None]:
+        values = []
+        for step in steps:
+            rows = columns["step"] == step
+            part = numerator[rows].astype(float)
+            whole = (~np.isnan(part)).sum() if denominator is None else denominator[rows].sum()
+            values.append(round(float(np.nansum(part) / whole), 5) if whole else None)
+        return values
+
+    structured = (columns["perception/tokens"] + columns["reasoning/tokens"]) > 0
+    return {
+        "step": steps.tolist(),
+        "reward": series(columns["reward"]),
+        "structured": series(structured),
+        "perception weight": series(columns["perception/weights"], columns["perception/tokens"]),
+        "perception score": series(columns["perception/scores"], columns["perception/tokens"]),
+        "reasoning score": series(columns["reasoning/scores"], columns["reasoning/tokens"]),
+    }

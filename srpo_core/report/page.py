@@ -1,0 +1,228 @@
+"""The page: one file that loads nothing and runs one script, its own.
+
+A content security policy in its head forbids everything else. Whatever a model wrote enters the page as text, never as
+markup.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srpo_core.report.colors import REACH, SCALES, TEXT, Color, Theme, score_shade, weight_shade
+from srpo_core.report.images import Images
+from srpo_core.report.overview import overview
+from srpo_core.report.words import fault
+from srpo_core.roles import Role
+from srpo_core.rollouts import (
+    Rollout,
+    ScoredRollout,
+    ScoringOptions,
+    Summary,
+    load,
+    score_rollouts,
+    summarize_rollouts,
+)
+from srpo_core.rollouts.record import ROLE_LETTERS
+from srpo_core.tags import BrokenReason
+
+__all__ = ["report_files", "report_rollouts"]
+
+_MAX_BYTES = 5_000_000
+_IMAGE_SHARE = 0.4  # of the page
+
+
+def report_files(
+    summary: Summary,
+    path: str | os.PathLike[str],
+    *,
+    sample: int = 200,
+    seed: int = 0,
+    max_bytes: int = _MAX_BYTES,
+    title: str = "Credit report",
+) -> None:
+    """Write the page of summarized files: statistics over all responses, heat maps of a sample.
+
+    Args:
+        summary: From :func:`~srpo_core.rollouts.summarize_files`.
+        path: Where the page goes.
+        sample: How many responses to show, at most.
+        seed: Seed for drawing them.
+        max_bytes: Size of the page, at most; fewer responses and images are shown where it would be exceeded.
+        title: Title of the page.
+    """
+    rows = summary.sample(sample, seed=seed).tolist()
+    shown = zip(rows, load(summary, rows), strict=True)
+    folders = [Path(file).parent for file in summary.files]
+    page = _page(summary, shown, folders, seed=seed, max_bytes=max_bytes, title=title)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def report_rollouts(
+    rollouts: Iterable[Rollout],
+    path: str | os.PathLike[str],
+    *,
+    options: ScoringOptions | None = None,
+    image_folder: str | os.PathLike[str] = ".",
+    sample: int = 200,
+    seed: int = 0,
+    max_bytes: int = _MAX_BYTES,
+    title: str = "Credit report",
+) -> None:
+    """Write the same page for rollouts in memory.
+
+    Args:
+        rollouts: As read, or made by hand.
+        path: Where the page goes.
+        options: How log-probs become weights; None for the defaults.
+        image_folder: Where relative image paths start.
+        sample: How many responses to show, at most.
+        seed: Seed for drawing them.
+        max_bytes: Size of the page, at most.
+        title: Title of the page.
+
+    Example:
+        >>> import tempfile
+        >>> from srpo_core.rollouts import parse_rollout
+        >>> rollout = parse_rollout('{"tokens": ["<perception>", "a", "cat", "</perception>"]}')
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report_rollouts([rollout], Path(folder) / "report.html")
+        ...     (Path(folder) / "report.html").read_text()[:15]
+        '<!doctype html>'
+    """
+    scored = list(score_rollouts(rollouts, options))
+    summary = summarize_rollouts(scored, options)
+    rows = summary.sample(sample, seed=seed).tolist()
+    shown = ((row, scored[row]) for row in rows)
+    page = _page(summary, shown, [Path(image_folder)], seed=seed, max_bytes=max_bytes, title=title)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _page(
+    summary: Summary,
+    shown: Iterable[tuple[int, ScoredRollout]],
+    folders: Sequence[Path],
+    *,
+    seed: int,
+    max_bytes: int,
+    title: str,
+) -> str:
+    advantages = summary.advantages
+    about_all = overview(summary, title)
+    folder = files("srpo_core.report")
+    template = {name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    style = template["css"] + "".join(_shades(theme) for theme in SCALES)
+    fixed = sum(map(len, (*template.values(), style))) + len(_json(about_all)) + 2000
+
+    images = Images(folders, budget=int((max_bytes - fixed) * _IMAGE_SHARE))
+    budget = max_bytes - fixed
+    rows, left_out = [], 0
+    for index, scored in shown:
+        row = _row(summary, index, scored, advantages[index])
+        size = len(_json(row).encode())
+        if size > budget:
+            left_out += 1
+            continue
+        used = images.used
+        row["image"] = images.add(scored.rollout.image, summary.places[index].file if summary.places else 0)
+        budget -= size + 32 + images.used - used
+        rows.append(row)
+    rows.sort(key=lambda row: row["index"])
+    data = about_all | {
+        "rows": rows,
+        "images": images.shown,
+        "sample": {"shown": len(rows), "total": len(summary), "tooLarge": left_out, "seed": seed}
+        | {"images": len(images.shown), "imagesLeftOut": images.left_out, "imagesMissing": images.missing},
+    }
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"script-src '{_hash(template['js'])}'; style-src '{_hash(style)}'"
+    )
+    parts = {"policy": policy, "title": html.escape(title), "style": style, "script": template["js"]}
+    parts["data"] = _json(data)
+    # In one pass: what has been filled in may itself look like a place to fill in.
+    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template["html"])
+
+
+def _json(data: Any) -> str:
+    """JSON that stays inside its script element whatever the strings say."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Lone surrogates cannot be written as UTF-8.
+    text = text.encode("utf-8", "replace").decode()
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def _css(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _shades(theme: Theme) -> str:
+    """Classes h0, h1, ... of the heat map's scale, for one theme."""
+    rules = [f"[data-theme={theme}]{{--heat-text:{_css(TEXT[theme])};--heat-middle:{_css(SCALES[theme][REACH])}}}"]
+    rules += [f"[data-theme={theme}] .h{shade}{{background:{_css(c)}}}" for shade, c in enumerate(SCALES[theme])]
+    return "\n".join(rules) + "\n"
+
+
+def _row(summary: Summary, index: int, scored: ScoredRollout, advantage: float) -> dict[str, Any]:
+    rollout = scored.rollout
+    pieces = rollout.pieces or [rollout.text]
+    weights = scored.weights if len(rollout) else np.ones(1, np.float32)
+    scores = scored.scores if len(rollout) else np.zeros(1, np.float32)
+    roles = scored.roles if len(rollout) else np.zeros(1, np.int64)
+    _, position = fault(rollout)
+    row = {
+        "index": index,
+        "tokens": pieces,
+        "roles": "".join(ROLE_LETTERS[Role(role)] for role in roles),
+        "weights": np.rint(1000 * weights.astype(np.float64)).astype(int).tolist(),
+        "weightShades": weight_shade(weights).tolist(),
+        "broken": scored.broken.name.lower(),
+        "right": rollout.is_right,
+        "perceptionRight": rollout.perception_correct,
+        "reward": rollout.reward,
+        "advantage": None if math.isnan(advantage) else round(advantage, 4),
+        "group": None if rollout.group is None else str(rollout.group),
+        "step": rollout.step,
+        "id": rollout.id,
+        "prompt": rollout.prompt,
+        "reference": rollout.reference,
+        "extra": json.dumps(rollout.extra, ensure_ascii=False) if rollout.extra else None,
+        "finished": rollout.finished,
+    }
+    if scored.has_contrast:
+        row |= {"scores": _hundredths(scores), "scoreShades": score_shade(scores).tolist()}
+    if scored.broken != BrokenReason.NONE and position is not None and rollout.ends is not None:
+        row["brokenToken"] = int(min(np.searchsorted(rollout.ends, position, side="right"), len(pieces) - 1))
+    if rollout.old_log_probs is not None:
+        row["logProbs"] = _hundredths(rollout.old_log_probs)
+        other = np.zeros_like(rollout.old_log_probs)
+        for role, values in (
+            (Role.PERCEPTION, rollout.corrupted_log_probs),
+            (Role.REASONING, rollout.counterfactual_log_probs),
+        ):
+            if values is not None:
+                other = np.where(roles == int(role), values, other)
+        row["otherLogProbs"] = _hundredths(other)
+    if summary.places:
+        place = summary.places[index]
+        row |= {"file": place.file, "line": place.line}
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _hundredths(values: NDArray[np.floating]) -> list[int]:
+    # JSON has no infinity: it is shown as a large number.
+    return np.rint(100 * np.clip(values.astype(np.float64), -999.0, 999.0)).astype(int).tolist()

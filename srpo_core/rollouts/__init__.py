@@ -1,0 +1,27 @@
+"""Rollouts on disk, one response per line: written by any trainer, read and summarized by the ``srpo`` command.
+
+A line is a JSON object that ``rollouts.schema.json`` in this folder describes. Each line stands on its own, so files
+can be joined, split and filtered with everyday tools.
+"""
+
+from srpo_core.rollouts.record import SCHEMA_PATH, Rollout, RolloutError, parse_rollout, read_rollouts
+from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions, score_rollouts
+from srpo_core.rollouts.summary import Place, Summary, load, summarize_files, summarize_rollouts
+from srpo_core.rollouts.writer import RolloutWriter
+
+__all__ = [
+    "SCHEMA_PATH",
+    "Place",
+    "Rollout",
+    "RolloutError",
+    "RolloutWriter",
+    "ScoredRollout",
+    "ScoringOptions",
+    "Summary",
+    "load",
+    "parse_rollout",
+    "read_rollouts",
+    "score_rollouts",
+    "summarize_files",
+    "summarize_rollouts",
+]

@@ -1,0 +1,156 @@
+"""Scored rollouts -> one row of numbers per response, and counts of weights and of scores: all that a summary keeps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srpo_core.diagnostics import QUANTILES, ROLE_NAMES
+from srpo_core.roles import Role
+from srpo_core.rollouts.scoring import ScoredRollout
+
+# Weights are counted on a grid of equal ratios that holds 1, scores on a grid of equal steps of asinh that holds 0. A
+# quantile read off a grid lies between two values that are exact to 0.3 %, however many tokens there are.
+_WEIGHT_STEPS, _WEIGHT_REACH = 128, 8  # steps to a factor of 2, and factors of 2 in each direction
+_SCORE_STEPS, _SCORE_REACH, _SCORE_UNIT = 200, 12, 1e-3
+#: The weights that are counted; others count as the nearest of them.
+WEIGHT_GRID = 2.0 ** (np.arange(-_WEIGHT_REACH * _WEIGHT_STEPS, _WEIGHT_REACH * _WEIGHT_STEPS + 1) / _WEIGHT_STEPS)
+#: The scores that are counted, nats.
+SCORE_GRID = _SCORE_UNIT * np.sinh(
+    np.arange(-_SCORE_REACH * _SCORE_STEPS, _SCORE_REACH * _SCORE_STEPS + 1) / _SCORE_STEPS
+)
+#: Stands for an unknown value in columns that otherwise hold 0 for no and 1 for yes.
+UNKNOWN = -1
+
+
+class Counted(NamedTuple):
+    """The numbers of some responses.
+
+    Attributes:
+        columns: Arrays with one entry per response.
+        weights: Tokens by role, answer (wrong, right, unknown) and weight.
+        scores: Tokens by role and score.
+        extremes: Least and greatest weight by role.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    weights: NDArray[np.int64]
+    scores: NDArray[np.int64]
+    extremes: NDArray[np.float64]
+
+
+def count(scored: Sequence[ScoredRollout], *, score_clip: float) -> Counted:
+    """The numbers of scored rollouts."""
+    rollouts = [row.rollout for row in scored]
+    lengths = np.array([len(row.weights) for row in scored], dtype=np.int64)
+    right = np.array([_flag(rollout.is_right) for rollout in rollouts], dtype=np.int64)
+    # All tokens of all responses in a row, and which response each belongs to.
+    response = np.repeat(np.arange(len(scored)), lengths)
+    roles, weights, scores = (
+        np.concatenate([getattr(row, name) for row in scored] or [np.zeros(0)])
+        for name in ("roles", "weights", "scores")
+    )
+    weights, scores = weights.astype(np.float64), scores.astype(np.float64)
+
+    def total(values: NDArray[np.float64], where: NDArray[np.bool_] | slice = slice(None)) -> NDArray[np.float64]:
+        return np.bincount(response[where], weights=values[where], minlength=len(scored)).astype(np.float64)
+
+    noise, repeated = np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
+    down, up, diverged = np.zeros_like(weights), np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
+    for row, (start, rollout) in enumerate(zip(lengths.cumsum() - lengths, rollouts, strict=True)):
+        tokens = slice(start, start + lengths[row])
+        if rollout.down_divergence is not None and rollout.up_divergence is not None:
+            diverged[row] = True
+            down[tokens], up[tokens] = rollout.down_divergence, rollout.up_divergence
+        if rollout.old_log_probs is not None and rollout.repeated_log_probs is not None:
+            repeated[row] = True
+            with np.errstate(invalid="ignore"):  # minus infinity in both passes: no noise
+                difference = np.nan_to_num(rollout.old_log_probs - rollout.repeated_log_probs, nan=0.0)
+            noise[tokens] = np.clip(difference, -score_clip, score_clip)
+    emphasized = (roles == int(Role.PERCEPTION)) & (weights > 1.0)  # the tokens that interference looks at
+
+    columns: dict[str, NDArray[Any]] = {
+        "tokens": lengths,
+        "reward": np.array([_nan(rollout.reward) for rollout in rollouts], dtype=np.float64),
+        "advantage": np.array([_nan(rollout.advantage) for rollout in rollouts], dtype=np.float64),
+        "right": right,
+        "perception_right": np.array([_flag(rollout.perception_correct) for rollout in rollouts], dtype=np.int64),
+        "broken": np.array([int(row.broken) for row in scored], dtype=np.int64),
+        "step": np.array([UNKNOWN if rollout.step is None else rollout.step for rollout in rollouts], dtype=np.int64),
+        "swapped": np.array([_flag(rollout.swapped) for rollout in rollouts], dtype=np.int64),
+        "recorded": np.array([rollout.weights is not None for rollout in rollouts], dtype=bool),
+        "contrast": np.array([row.has_contrast for row in scored], dtype=bool),
+        "repeated": repeated,
+        "weights": total(weights),
+        "squared_weights": total(weights**2),
+        "squared_scored_weights": total(weights**2, roles > 0),
+        "diverged": diverged,
+        "down_divergence": total(down, emphasized),
+        "up_divergence": total(up, emphasized),
+    }
+    weight_counts, score_counts, extremes = [], [], no_extremes()
+    for index, (role, name) in enumerate(ROLE_NAMES.items()):
+        where = roles == int(role)
+        of_weights, of_scores = weights[where], scores[where]
+        columns |= {
+            f"{name}/tokens": np.bincount(response[where], minlength=len(scored)),
+            f"{name}/weights": total(weights, where),
+            f"{name}/scores": total(scores, where),
+            f"{name}/squared_scores": total(scores**2, where),
+            f"{name}/clipped": total((np.abs(scores) >= score_clip).astype(np.float64), where),
+            f"{name}/squared_noise": total(noise**2, where),
+        }
+        columns[f"{name}/repeated"] = np.where(repeated, columns[f"{name}/tokens"], 0)
+        with np.errstate(divide="ignore"):  # a weight of 0 is counted at the low end
+            bins = _bins(np.log2(of_weights) * _WEIGHT_STEPS, len(WEIGHT_GRID))
+        answer = right[response[where]] % 3  # unknown last
+        counted = np.bincount(answer * len(WEIGHT_GRID) + bins, minlength=3 * len(WEIGHT_GRID))
+        weight_counts.append(counted.reshape(3, -1))
+        bins = _bins(np.arcsinh(of_scores / _SCORE_UNIT) * _SCORE_STEPS, len(SCORE_GRID))
+        score_counts.append(np.bincount(bins, minlength=len(SCORE_GRID)))
+        if len(of_weights):
+            extremes[index] = of_weights.min(), of_weights.max()
+    return Counted(columns, np.stack(weight_counts), np.stack(score_counts), extremes)
+
+
+def no_weights() -> NDArray[np.int64]:
+    """Counts of weights where there are no tokens."""
+    return np.zeros((len(ROLE_NAMES), 3, len(WEIGHT_GRID)), np.int64)
+
+
+def no_scores() -> NDArray[np.int64]:
+    """Counts of scores where there are no tokens."""
+    return np.zeros((len(ROLE_NAMES), len(SCORE_GRID)), np.int64)
+
+
+def no_extremes() -> NDArray[np.float64]:
+    """Least and greatest weight by role where there are no tokens."""
+    return np.array([[np.inf, -np.inf]] * len(ROLE_NAMES))
+
+
+def quantiles(name: str, counts: NDArray[np.int64], grid: NDArray[np.float64], *, empty: float) -> dict[str, float]:
+    """The quantiles of counted values, by their names in a metric; `empty` where nothing was counted."""
+    return {f"{name}/{key}": _quantile(counts, grid, percent, empty) for key, percent in QUANTILES.items()}
+
+
+def _quantile(counts: NDArray[np.int64], grid: NDArray[np.float64], percent: int, empty: float) -> float:
+    cumulative = counts.cumsum()
+    if not cumulative[-1]:
+        return empty
+    rank = percent * (int(cumulative[-1]) - 1)
+    low, high = (grid[np.searchsorted(cumulative, 1 + number)] for number in (rank // 100, -(-rank // 100)))
+    return float(low + rank % 100 / 100 * (high - low))
+
+
+def _bins(positions: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+    return np.clip(np.rint(positions) + size // 2, 0, size - 1).astype(np.int64)
+
+
+def _flag(value: bool | None) -> int:
+    return UNKNOWN if value is None else int(value)
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value

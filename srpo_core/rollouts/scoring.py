@@ -1,0 +1,202 @@
+"""Recorded rollouts -> what each of their tokens is worth, by the same functions that training uses."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from srpo_core.contrasts import perception_consistency, visual_dependency
+from srpo_core.options import AnswerRole, ContrastKind, CreditOptions
+from srpo_core.roles import Role, label_tokens, roles_of_blocks
+from srpo_core.rollouts.record import Rollout
+from srpo_core.tags import BrokenReason, parse_response
+from srpo_core.weights import shared_baseline_weights
+
+__all__ = ["ScoredRollout", "ScoringOptions", "score_rollouts"]
+
+_WINDOW = 256  # rollouts that are sorted by length together
+_BATCH_TOKENS = 2**17  # of one call of the core: arrays of this size stay in the cache
+
+#: Of the options of which a rollout file cannot serve every value, those that it can. A divergence needs the full
+#: distributions, and a moving average the order of training.
+SERVED: dict[str, tuple[str, ...]] = {
+    "visual_score": get_args(ContrastKind),
+    "consistency_score": get_args(ContrastKind),
+    "scale": ("fixed", "batch_rms"),
+}
+#: Options that are not read here, because they refer to what a file does not hold.
+UNREAD = ("reliance_mode", "scale_decay", "mix_warmup_steps")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How recorded log-probs become weights.
+
+    Attributes:
+        config: How scores and weights are made, as in training, with the full `mix` at every step.
+        answer_role: What answer tokens count as, where the roles are read from the text.
+        recompute: Whether scores and weights are computed even where the trainer's own are recorded.
+
+    Raises:
+        ValueError: If `answer_role` is unknown, or the options need more than a file holds: a divergence as a score
+            needs the full distributions, and ``scale="ema_rms"`` the order of training.
+    """
+
+    config: CreditOptions = field(default_factory=CreditOptions)
+    _: KW_ONLY
+    answer_role: AnswerRole = "reasoning"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        roles_of_blocks(self.answer_role)
+        for name, values in SERVED.items():
+            if (value := getattr(self.config, name)) not in values:
+                others = " or ".join(map(repr, values))
+                raise ValueError(f"{name}={value!r} needs more than a rollout file holds; choose {others}")
+
+
+class ScoredRollout(NamedTuple):
+    """A rollout, and what each of its tokens is worth.
+
+    Attributes:
+        rollout: As recorded.
+        roles: :class:`~srpo_core.Role` of each token; all ``OTHER`` where the response is broken.
+        broken: Why the response is malformed.
+        scores: Visual dependency of perception tokens and perception consistency of reasoning tokens, nats.
+        weights: As recorded, or computed.
+        has_contrast: Whether scores are known; where they are not, computed weights are 1.
+    """
+
+    rollout: Rollout
+    roles: NDArray[np.int64]
+    broken: BrokenReason
+    scores: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    has_contrast: bool
+
+
+def score_rollouts(rollouts: Iterable[Rollout], options: ScoringOptions | None = None) -> Iterator[ScoredRollout]:
+    """Rollouts with roles, scores and weights, in their order, a few at a time.
+
+    Recorded roles, scores and weights are used where there are any. Otherwise roles come from the text, scores from
+    the log-probs and weights from the scores. With ``recompute`` scores come from the log-probs wherever these are
+    recorded, and weights always from the scores. A rollout with neither log-probs nor scores has scores of 0.
+
+    Args:
+        rollouts: As read.
+        options: How log-probs become weights; None for the defaults.
+
+    Raises:
+        ValueError: If ``sign="advantage"`` and a rollout has no advantage, or ``scale="batch_rms"``, which needs all
+            rollouts at once: :func:`~srpo_core.rollouts.summarize_files` measures it.
+
+    Example:
+        >>> from srpo_core.rollouts import parse_rollout
+        >>> rollout = parse_rollout('{"tokens": ["<perception>", "a", "cat", "</perception>"], "old_log_probs": '
+        ...                         '[-1, -1, -1, -1], "corrupted_log_probs": [-1, -3, -1, -1]}')
+        >>> next(score_rollouts([rollout])).weights
+        array([1.       , 1.551016 , 0.4489839, 1.       ], dtype=float32)
+    """
+    options = options or ScoringOptions()
+    if options.config.scale == "batch_rms":
+        raise ValueError("scale='batch_rms' needs all rollouts at once: use summarize_files, or scale='fixed'")
+    rollouts = iter(rollouts)
+    while window := list(islice(rollouts, _WINDOW)):
+        # Sorted by length, so that one long response does not pad all others.
+        order = sorted(range(len(window)), key=lambda index: len(window[index]))
+        scored: dict[int, ScoredRollout] = {}
+        start = 0
+        while start < len(order):
+            end = start + 1
+            while end < len(order) and (end - start + 1) * len(window[order[end]]) <= _BATCH_TOKENS:
+                end += 1
+            rows = order[start:end]
+            scored |= zip(rows, _score_batch([window[row] for row in rows], options), strict=True)
+            start = end
+        yield from (scored[index] for index in range(len(window)))
+
+
+def _score_batch(rollouts: list[Rollout], options: ScoringOptions) -> list[ScoredRollout]:
+    lengths = [len(rollout) for rollout in rollouts]
+    segmented = [_segment(rollout, options) for rollout in rollouts]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    roles = _padded([roles for roles, _ in segmented], mask, torch.int64)
+    scores = _scores(rollouts, roles, mask, options)
+    advantages = None
+    if options.config.sign == "advantage":
+        advantages = torch.tensor([_known_advantage(rollout) for rollout in rollouts])
+    computed = shared_baseline_weights(scores, roles, mask, options.config, advantages=advantages)
+
+    results = []
+    for rollout, row_roles, broken, row_scores, row_weights in zip(
+        rollouts, *zip(*segmented, strict=True), scores.numpy(), computed.numpy(), strict=True
+    ):
+        length = len(rollout)
+        weights = rollout.weights if rollout.weights is not None and not options.recompute else row_weights[:length]
+        has_contrast = rollout.scores is not None or _has_log_probs(rollout)
+        results.append(ScoredRollout(rollout, row_roles, broken, row_scores[:length], weights, has_contrast))
+    return results
+
+
+def _scores(rollouts: list[Rollout], roles: Tensor, mask: Tensor, options: ScoringOptions) -> Tensor:
+    """The score of each token under its role, from the log-probs or as recorded, 0 where there is none."""
+    config, clip = options.config, options.config.score_clip
+    old = _padded([rollout.old_log_probs for rollout in rollouts], mask)
+
+    def of_second_pass(name: str) -> Tensor:
+        others = [getattr(rollout, name) if rollout.old_log_probs is not None else None for rollout in rollouts]
+        # Without a second pass both sides are equal, and the contrast is 0.
+        missing = torch.tensor([other is None for other in others])[:, None]
+        return torch.where(missing, old, _padded(others, mask))
+
+    visual_kind: Any = config.visual_score  # no divergence: see ScoringOptions
+    consistency_kind: Any = config.consistency_score
+    corrupted, counterfactual = of_second_pass("corrupted_log_probs"), of_second_pass("counterfactual_log_probs")
+    visual = visual_dependency(old, roles, mask, corrupted_log_probs=corrupted, kind=visual_kind, clip=clip)
+    consistency = perception_consistency(
+        old, roles, mask, counterfactual_log_probs=counterfactual, kind=consistency_kind, clip=clip
+    )
+    recorded = _padded([rollout.scores for rollout in rollouts], mask).clamp(-clip, clip)
+    recorded = torch.where(mask & (roles != int(Role.OTHER)), recorded, 0.0)
+    use_recorded = [
+        rollout.scores is not None and not (options.recompute and _has_log_probs(rollout)) for rollout in rollouts
+    ]
+    return torch.where(torch.tensor(use_recorded)[:, None], recorded, visual + consistency)
+
+
+def _has_log_probs(rollout: Rollout) -> bool:
+    others = (rollout.corrupted_log_probs, rollout.counterfactual_log_probs)
+    return rollout.old_log_probs is not None and any(other is not None for other in others)
+
+
+def _known_advantage(rollout: Rollout) -> float:
+    if rollout.advantage is None:
+        raise ValueError("sign='advantage' needs 'advantage' in every line: pass advantages to RolloutWriter.write")
+    return rollout.advantage
+
+
+def _segment(rollout: Rollout, options: ScoringOptions) -> tuple[NDArray[np.int64], BrokenReason]:
+    if rollout.roles is not None and rollout.broken is not None:
+        return rollout.roles, rollout.broken
+    tags = rollout.tags
+    parsed = parse_response(rollout.text, tags, finished=rollout.finished)
+    if rollout.roles is not None:
+        return rollout.roles, parsed.reason
+    if rollout.starts is None or rollout.ends is None:
+        return np.zeros(0, np.int64), parsed.reason
+    starts, ends, role_of = rollout.starts.tolist(), rollout.ends.tolist(), roles_of_blocks(options.answer_role)
+    roles, _ = label_tokens(rollout.text, starts, ends, parsed, tags, role_of)
+    return np.array(roles, dtype=np.int64), parsed.reason
+
+
+def _padded(rows: Sequence[NDArray[Any] | None], mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    padded = np.zeros(mask.shape, dtype=np.int64 if dtype == torch.int64 else np.float32)
+    for row, values in enumerate(rows):
+        if values is not None:
+            padded[row, : len(values)] = values
+    return torch.from_numpy(padded)

@@ -1,0 +1,403 @@
+"""Rollout files -> statistics, read a piece at a time and small enough to keep, whatever the size of the files.
+
+The metrics have the names of :func:`~srpo_core.diagnostics.credit_diagnostics`.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any, NamedTuple, Self, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from srpo_core.diagnostics import ROLE_NAMES, Answer
+from srpo_core.options import GroupOptions
+from srpo_core.rollouts import counts
+from srpo_core.rollouts.counts import SCORE_GRID, UNKNOWN, WEIGHT_GRID, quantiles
+from srpo_core.rollouts.record import Rollout, RolloutError, parse_rollout
+from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions, score_rollouts
+from srpo_core.tags import BrokenReason
+
+__all__ = ["Place", "Summary", "load", "summarize_files", "summarize_rollouts"]
+
+_WINDOW = 256  # responses that are counted together
+_CHUNK_BYTES = 2**23  # of a file, for one task of a worker
+_PARALLEL_BYTES = 2**26  # below this, starting workers takes longer than reading
+_KEPT_ERRORS = 1000
+
+
+class Place(NamedTuple):
+    """Where a response was read: the file, the byte at which its line begins, and the line's number from 1."""
+
+    file: int
+    offset: int
+    line: int
+
+
+@dataclass(eq=False)
+class Summary:
+    """What is kept of rollouts: one row of numbers per response, and counts of weights and of scores.
+
+    Attributes:
+        options: How scores and weights were made.
+        files: The files that were read; empty for rollouts in memory.
+        columns: Arrays with one entry per response.
+        groups: Which prompt each response answers; None where that is not recorded.
+        places: Where each response was read.
+        weight_counts: Tokens by role, answer (wrong, right, unknown) and weight.
+        score_counts: Tokens by role and score.
+        extremes: Least and greatest weight by role.
+        errors: The first malformed lines.
+        malformed: How many lines are malformed.
+        lines: How many lines were read.
+    """
+
+    options: ScoringOptions
+    files: tuple[str, ...] = ()
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    groups: list[tuple[int, str] | None] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    weight_counts: NDArray[np.int64] = field(default_factory=counts.no_weights)
+    score_counts: NDArray[np.int64] = field(default_factory=counts.no_scores)
+    extremes: NDArray[np.float64] = field(default_factory=counts.no_extremes)
+    errors: list[RolloutError] = field(default_factory=list)
+    malformed: int = 0
+    lines: int = 0
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.groups)
+
+    @classmethod
+    def of(cls, scored: Sequence[ScoredRollout], options: ScoringOptions) -> Self:
+        """The summary of a few scored rollouts."""
+        counted = counts.count(scored, score_clip=options.config.score_clip)
+        rollouts = [row.rollout for row in scored]
+        groups = [None if rollout.group is None else (rollout.step or 0, str(rollout.group)) for rollout in rollouts]
+        return cls(
+            options,
+            columns=counted.columns,
+            groups=groups,
+            weight_counts=counted.weights,
+            score_counts=counted.scores,
+            extremes=counted.extremes,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Summary"], options: ScoringOptions) -> Self:
+        """The summary of all that the parts summarize, in their order."""
+        joined = cls(options)
+        for part in parts:
+            joined.groups += part.groups
+            joined.places += [place._replace(line=place.line + joined.lines) for place in part.places]
+            joined.weight_counts += part.weight_counts
+            joined.score_counts += part.score_counts
+            joined.extremes[:, 0] = np.minimum(joined.extremes[:, 0], part.extremes[:, 0])
+            joined.extremes[:, 1] = np.maximum(joined.extremes[:, 1], part.extremes[:, 1])
+            for error in part.errors[: _KEPT_ERRORS - len(joined.errors)]:
+                line = None if error.line is None else error.line + joined.lines
+                joined.errors.append(RolloutError(error.reason, line=line, path=error.path))
+            joined.malformed += part.malformed
+            joined.lines += part.lines
+        filled = [part.columns for part in parts if part.columns] or [cls.of([], options).columns]
+        joined.columns = {name: np.concatenate([columns[name] for columns in filled]) for name in filled[0]}
+        return joined
+
+    @property
+    def weight_grid(self) -> NDArray[np.float64]:
+        """The weights that are counted; others count as the nearest of them."""
+        return WEIGHT_GRID
+
+    @property
+    def score_grid(self) -> NDArray[np.float64]:
+        """The scores that are counted, nats; others count as the nearest of them."""
+        return SCORE_GRID
+
+    @property
+    def advantages(self) -> NDArray[np.float64]:
+        """Advantage of each response, NaN where it is not known.
+
+        As recorded; else from the rewards of its group, as :func:`~srpo_core.group_advantages` computes it by default.
+        """
+        recorded, rewards = self.columns["advantage"], self.columns["reward"]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
+        known = np.array([group is not None for group in self.groups], dtype=bool) & ~np.isnan(rewards)
+        if not known.any():
+            return recorded
+        group = np.array([numbers[group] for group in self.groups])[known]
+        size = np.bincount(group, minlength=len(numbers))[group]
+        centered = rewards[known] - np.bincount(group, weights=rewards[known])[group] / size
+        # Rounding must not give equal rewards a spread.
+        centered[np.abs(centered) < 1e-9 * (1 + np.abs(rewards[known]))] = 0.0
+        spread = np.sqrt(np.bincount(group, weights=centered**2)[group] / np.maximum(size - 1, 1))
+        computed = np.full(len(self), np.nan)
+        computed[known] = centered / (spread + GroupOptions().epsilon)
+        return np.where(np.isnan(recorded), computed, recorded)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of :func:`~srpo_core.diagnostics.credit_diagnostics`, under its names, as far as they are known.
+
+        Quantiles, and the shares of scores above the noise, are exact to 0.3 % of the value. ``interference`` is
+        :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences, with the weights
+        as recorded: with recomputed weights it is left out, because the two steps divided the tokens by the old ones.
+        """
+        columns = self.columns
+        metrics: dict[str, float] = {}
+        for index, name in enumerate(ROLE_NAMES.values()):
+            metrics |= self._role_metrics(index, name)
+        tokens = sum(columns[f"{name}/tokens"].sum() for name in ROLE_NAMES.values())
+        weight = sum(columns[f"{name}/weights"].sum() for name in ROLE_NAMES.values())
+        square = tokens * columns["squared_scored_weights"].sum()
+        metrics["tokens/effective_fraction"] = _ratio(weight**2, square, 1.0)
+
+        real = columns["tokens"] > 0
+        structured = np.logical_or.reduce([columns[f"{name}/tokens"] > 0 for name in ROLE_NAMES.values()])
+        metrics["structured/fraction"] = _mean(structured[real])
+        metrics["broken/fraction"] = _mean(columns["broken"][real] != int(BrokenReason.NONE))
+        for reason in BrokenReason:
+            if reason is not BrokenReason.NONE:
+                metrics[f"broken/{reason.name.lower()}"] = _mean(columns["broken"][real] == int(reason))
+        right = columns["right"][real]
+        if (columns["right"] != UNKNOWN).any():
+            metrics["right/fraction"] = _mean(right[right != UNKNOWN] == 1)
+        squared = np.nan_to_num(self.advantages) ** 2
+        if not np.isnan(self.advantages).all():
+            plain, weighted = (squared * columns["tokens"]).sum(), (squared * columns["squared_weights"]).sum()
+            both = (squared * columns["weights"]).sum()
+            metrics["advantage/cosine"] = _ratio(both, math.sqrt(plain * weighted), 1.0)
+        both_roles = np.logical_and.reduce([columns[f"{name}/tokens"] > 0 for name in ROLE_NAMES.values()])
+        swapped = columns["swapped"][both_roles]
+        if (columns["swapped"] != UNKNOWN).any():
+            metrics["swap/coverage"] = _mean(swapped[swapped != UNKNOWN] == 1)
+        if columns["diverged"].any() and not self.options.recompute:
+            down, up = (float(columns[name].sum()) for name in ("down_divergence", "up_divergence"))
+            metrics["interference"] = 0.0 if down == 0 else down / up if up > 0 else math.inf
+        return metrics
+
+    def _role_metrics(self, index: int, name: str) -> dict[str, float]:
+        """The metrics of the tokens of one role."""
+        columns = self.columns
+        count, weight = columns[f"{name}/tokens"].sum(), columns[f"{name}/weights"].sum()
+        low, high = self.extremes[index] if count else (1.0, 1.0)
+        mean = _ratio(columns[f"{name}/scores"].sum(), count)
+        square = _ratio(columns[f"{name}/squared_scores"].sum(), count)
+        metrics = {
+            f"weight/{name}/mean": _ratio(weight, count, 1.0),
+            f"weight/{name}/min": float(low),
+            f"weight/{name}/max": float(high),
+            f"weight/{name}/mass": _ratio(weight, columns["weights"].sum()),
+            f"tokens/{name}/fraction": _ratio(count, columns["tokens"].sum()),
+            f"score/{name}/mean": mean,
+            f"score/{name}/std": math.sqrt(max(square - mean**2, 0.0)),
+            f"score/{name}/clipped": _ratio(columns[f"{name}/clipped"].sum(), count),
+        }
+        metrics |= quantiles(f"weight/{name}", self.weight_counts[index].sum(0), WEIGHT_GRID, empty=1.0)
+        metrics |= quantiles(f"score/{name}", self.score_counts[index], SCORE_GRID, empty=0.0)
+        if (columns["right"] != UNKNOWN).any():
+            for answer in get_args(Answer):
+                rows = columns["right"] == (answer == "right")
+                of_rows = columns[f"{name}/tokens"][rows].sum()
+                metrics[f"weight/{name}/{answer}/mean"] = _ratio(columns[f"{name}/weights"][rows].sum(), of_rows, 1.0)
+                of_answer = self.weight_counts[index, int(answer == "right")]
+                metrics |= quantiles(f"weight/{name}/{answer}", of_answer, WEIGHT_GRID, empty=1.0)
+        if columns["repeated"].any():
+            rms = math.sqrt(_ratio(columns[f"{name}/squared_noise"].sum(), columns[f"{name}/repeated"].sum()))
+            above = self.score_counts[index][np.abs(SCORE_GRID) > 2 * rms].sum()
+            metrics |= {f"noise/{name}/rms": rms, f"noise/{name}/above": _ratio(above, count)}
+        return metrics
+
+    def sample(self, size: int, *, per_kind: int = 8, seed: int = 0) -> NDArray[np.int64]:
+        """The responses to show: `per_kind` of each kind, drawn at random, then others at random, up to `size`.
+
+        A kind is a reason to be broken, or one of the combinations of right and wrong answer and perception. The most
+        wanted come first: a shorter sample is the beginning of a longer one.
+        """
+        draw = np.random.default_rng(seed).permutation(len(self))
+        if len(draw) <= size:
+            return draw
+        kinds = np.stack([self.columns[name][draw] for name in ("broken", "right", "perception_right")])
+        _, kind = np.unique(kinds, axis=1, return_inverse=True)
+        order = np.argsort(kind, kind="stable")
+        first = np.searchsorted(kind[order], kind)
+        nth = np.empty(len(draw), np.int64)  # of its kind
+        nth[order] = np.arange(len(draw)) - first[order]
+        preferred = np.concatenate([draw[nth < per_kind], draw[nth >= per_kind]])
+        return preferred[:size]
+
+
+def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
+    return float(part / whole) if whole > 0 else empty
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def summarize_rollouts(scored: Iterable[ScoredRollout], options: ScoringOptions | None = None) -> Summary:
+    """The summary of scored rollouts, which may be an iterator: they are not kept.
+
+    Args:
+        scored: From :func:`~srpo_core.rollouts.score_rollouts`.
+        options: Those that they were scored with; None for the defaults.
+
+    Example:
+        >>> from srpo_core.rollouts import parse_rollout, score_rollouts
+        >>> rollout = parse_rollout('{"tokens": ["<perception>", "a", "cat", "</perception>"], "reward": 1}')
+        >>> summarize_rollouts(score_rollouts([rollout])).metrics()["tokens/perception/fraction"]
+        0.5
+    """
+    options = options or ScoringOptions()
+    scored = iter(scored)
+    parts = []
+    while window := list(islice(scored, _WINDOW)):
+        parts.append(Summary.of(window, options))
+    return Summary.joined(parts, options)
+
+
+def summarize_files(
+    paths: Sequence[str | os.PathLike[str]],
+    options: ScoringOptions | None = None,
+    *,
+    strict: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """The summary of rollout files of any size, read once, a piece at a time.
+
+    With ``scale="batch_rms"`` the files are read twice, and all of them together are the batch.
+
+    Args:
+        paths: The files.
+        options: How log-probs become weights; None for the defaults.
+        strict: Whether the first malformed line raises; else malformed lines are left out and kept as ``errors``.
+        workers: Number of processes that read; only large files use more than one. The processes are spawned, so a
+            script that asks for them needs ``if __name__ == "__main__"``.
+        progress: Called with the number of bytes that are done and the number of all.
+
+    Raises:
+        RolloutError: At the first malformed line, if `strict`.
+        OSError: If a file cannot be read.
+    """
+    options = options or ScoringOptions()
+    if options.config.scale == "batch_rms":
+        # Scores do not depend on the scale: the first reading measures it, the second one uses it.
+        fixed = replace(options, config=replace(options.config, scale="fixed"))
+        measured = summarize_files(paths, fixed, strict=strict, workers=workers, progress=progress)
+        options = replace(options, config=replace(fixed.config, **_measured_scales(measured)))
+    files = tuple(os.fspath(path) for path in paths)
+    size = sum(os.path.getsize(path) for path in files)
+    tasks = [
+        (path, number, start, end, options, strict) for number, path in enumerate(files) for start, end in _pieces(path)
+    ]
+    done, by_file = 0, [[] for _ in files]
+    progress(0, size)
+    for (_, number, start, end, *_), part in zip(tasks, _run(tasks, size, workers), strict=True):
+        if strict and part.errors:
+            before = sum(earlier.lines for earlier in by_file[number])
+            error = part.errors[0]
+            raise RolloutError(error.reason, line=(error.line or 0) + before, path=error.path)
+        by_file[number].append(part)
+        done += end - start
+        progress(done, size)
+    joined = [Summary.joined(parts, options) for parts in by_file]
+    for part in joined:
+        part.lines = 0  # line numbers begin anew in each file
+    summary = Summary.joined(joined, options)
+    summary.files = files
+    return summary
+
+
+def _measured_scales(summary: Summary) -> dict[str, float]:
+    """The scales of `batch_rms`, as :func:`~srpo_core.weights.role_scales` measures them."""
+    config = summary.options.config
+    scales = {"visual_scale": config.visual_scale, "consistency_scale": config.consistency_scale}
+    for key, name in zip(scales, ROLE_NAMES.values(), strict=True):
+        count = summary.columns[f"{name}/tokens"].sum()
+        rms = math.sqrt(_ratio(summary.columns[f"{name}/squared_scores"].sum(), count))
+        scales[key] *= max(rms, 0.05) if count else 1.0
+    return scales
+
+
+def _pieces(path: str) -> Iterator[tuple[int, int]]:
+    """Byte ranges of whole lines."""
+    with open(path, "rb") as file:
+        end, size = 0, os.fstat(file.fileno()).st_size
+        while end < size:
+            start = end
+            file.seek(min(start + _CHUNK_BYTES, size) - 1)
+            file.readline()
+            end = file.tell()
+            yield start, end
+
+
+def _run(tasks: Sequence[tuple[Any, ...]], size: int, workers: int) -> Iterator[Summary]:
+    if workers <= 1 or size < _PARALLEL_BYTES:
+        yield from map(_summarize_piece, tasks)
+        return
+    # Forking a process in which torch has run threads may hang.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            yield from pool.map(_summarize_piece, tasks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> Summary:
+    path, number, start, end, options, strict = task
+    with open(path, "rb") as file:
+        file.seek(start)
+        lines = file.read(end - start).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    places: list[Place] = []
+    errors: list[RolloutError] = []
+    malformed = 0
+
+    def rollouts() -> Iterator[Rollout]:
+        nonlocal malformed
+        offset = start
+        for count, line in enumerate(lines, start=1):
+            place, offset = Place(number, offset, count), offset + len(line) + 1
+            if not line or line.isspace():
+                continue
+            try:
+                rollout = parse_rollout(line)
+            except RolloutError as error:
+                malformed += 1
+                if len(errors) < _KEPT_ERRORS:
+                    errors.append(RolloutError(error.reason, line=count, path=path))
+                if strict:
+                    return
+            else:
+                places.append(place)
+                yield rollout
+
+    summary = summarize_rollouts(score_rollouts(rollouts(), options), options)
+    summary.places, summary.errors, summary.malformed, summary.lines = places, errors, malformed, len(lines)
+    return summary
+
+
+def load(summary: Summary, rows: Iterable[int]) -> Iterator[ScoredRollout]:
+    """Some of the responses of summarized files, read again from the files.
+
+    Args:
+        summary: From :func:`summarize_files`.
+        rows: Which responses.
+    """
+
+    def rollouts() -> Iterator[Rollout]:
+        for row in rows:
+            place = summary.places[row]
+            with open(summary.files[place.file], "rb") as file:
+                file.seek(place.offset)
+                yield parse_rollout(file.readline())
+
+    return score_rollouts(rollouts(), summary.options)

@@ -1,0 +1,341 @@
+"""Objectives of a token: each is a small object that owns its parameters, its formula and its metrics.
+
+To add one, write a subclass of :class:`Surrogate` with a `name`: the options know it from then on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from srpo_core.checked import CheckedOptions, option
+from srpo_core.masking import at_least_float32, masked_mean
+from srpo_core.typechecking import typechecked
+
+__all__ = ["CISPO", "GSPO", "SAPO", "Clip", "GSPOToken", "Surrogate"]
+
+# Far outside every clip range, and e^20 is still an exact float32: a ratio saturates instead of becoming inf or NaN.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate(CheckedOptions):
+    """A policy-gradient loss of each token, as a function of importance ratios and advantages.
+
+    Called with tensors it gives the loss of each token, not yet averaged. A subclass has a `name` and :meth:`losses`.
+    """
+
+    #: What stands for the surrogate, with its defaults, in YAML and on a command line. It is a field, so that what
+    #: ``asdict`` makes of a surrogate makes the same one again.
+    name: str = field(default="", init=False, repr=False, compare=False)
+    #: Whether the loss of a token depends on the other tokens of its response.
+    is_sequence_level: ClassVar[bool] = False
+    #: Whether a response has one ratio and one gradient for all its tokens, so that token weights do nothing.
+    is_one_ratio: ClassVar[bool] = False
+    refusal_of_weights: ClassVar[str] = ""
+    _by_name: ClassVar[dict[str, type["Surrogate"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Its own name only: a variant of a surrogate that inherits the name must not take its place.
+        if name := vars(cls).get("name"):
+            Surrogate._by_name[name] = cls
+
+    @staticmethod
+    def known() -> dict[str, type["Surrogate"]]:
+        """All surrogates by their names, those of the user included."""
+        return dict(Surrogate._by_name)
+
+    @staticmethod
+    def named(value: str | Mapping[str, Any]) -> "Surrogate":
+        """The surrogate of a name, with its defaults, or of a mapping of its ``name`` and its parameters.
+
+        Raises:
+            ValueError: If there is no such surrogate, or a parameter is unknown or out of range.
+
+        Example:
+            >>> Surrogate.named("cispo"), Surrogate.named({"name": "clip", "low": 0.1})
+            (CISPO(max_ratio=5.0), Clip(low=0.1, high=0.2, dual=None))
+        """
+        parameters = {"name": value} if isinstance(value, str) else dict(value)
+        name = parameters.pop("name", None)
+        if not isinstance(name, str) or name not in Surrogate._by_name:
+            known = ", ".join(map(repr, Surrogate._by_name))
+            raise ValueError(f"must be one of {known}, a mapping with such a 'name', or a Surrogate, got {value!r}")
+        return Surrogate._by_name[name].of(parameters)
+
+    @typechecked
+    def __call__(
+        self,
+        log_probs: Float[Tensor, "batch time"],
+        advantages: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        *,
+        old_log_probs: Float[Tensor, "batch time"],
+    ) -> Float[Tensor, "batch time"]:
+        """Loss of each token, 0 at padding.
+
+        Args:
+            log_probs: Log-probability, nats, of each sampled token under the policy being trained. The only input
+                with a gradient.
+            advantages: Credit of each token; positive means "make it likelier".
+            mask: True at response tokens. Elsewhere the inputs may hold anything, even NaN; loss and gradient there
+                are 0.
+            old_log_probs: The same tokens under the policy that sampled them, nats.
+
+        Raises:
+            ValueError: If `log_probs` has no gradient and `advantages` or `old_log_probs` has one.
+        """
+        _check_what_is_trained(log_probs, advantages=advantages, old_log_probs=old_log_probs)
+        log_ratio, advantages = masked_log_ratio(log_probs, advantages, mask, old_log_probs=old_log_probs)
+        return self.losses(log_ratio, log_probs, advantages, mask)
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """Loss of each token: `log_ratio` and `advantages` are 0 at padding, and `log_probs` may be anything there."""
+        raise NotImplementedError
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What this surrogate did to how many tokens, as 0-d tensors."""
+        return {}
+
+
+def _check_what_is_trained(log_probs: Tensor, **others: Tensor) -> None:
+    if log_probs.requires_grad or not torch.is_grad_enabled():
+        return
+    for name, other in others.items():
+        if other.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient and log_probs does not, so nothing would be trained: pass the "
+                f"log-probabilities of the policy being trained as log_probs, and detach {name}"
+            )
+
+
+def masked_log_ratio(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor, *, old_log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-ratio and advantages, 0 at padding: masked first, so that padding has ratio 1 and credit 0 all the way."""
+    dtype = at_least_float32(torch.promote_types(log_probs.dtype, old_log_probs.dtype))
+    log_ratio = torch.where(mask, log_probs.to(dtype) - old_log_probs.detach().to(dtype), 0.0)
+    return log_ratio, torch.where(mask, advantages.detach().to(dtype), 0.0)
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """The importance ratio, which saturates at e^±20."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
+
+
+def _clip_shares(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """Shares of the real tokens that a clip holds back."""
+    return {
+        "clip/low": masked_mean(((ratio < 1.0 - low) & (advantages < 0)).to(ratio.dtype), mask),
+        "clip/high": masked_mean(((ratio > 1.0 + high) & (advantages > 0)).to(ratio.dtype), mask),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(Surrogate):
+    r"""PPO's clipped surrogate.
+
+    .. math:: \ell_t = -\min(r_t A_t,\ \operatorname{clip}(r_t, 1-\epsilon_l, 1+\epsilon_h) A_t),
+        \qquad r_t = \pi(y_t) / \pi_\text{old}(y_t)
+
+    With `dual` :math:`c`, :math:`\ell_t \le -c A_t` where :math:`A_t < 0`. Metrics: ``clip/low`` and ``clip/high``, the
+    shares of tokens that the clip holds back, and with `dual` ``clip/dual``.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+
+    Example:
+        >>> Clip()(torch.tensor([[-1.0, -0.5]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[True, True]]),
+        ...        old_log_probs=torch.tensor([[-1.0, -1.0]]))
+        tensor([[-2.0000, -2.4000]])
+
+    References:
+        Schulman et al. 2017, arXiv:1707.06347, eq. 7; separate widths: DAPO, arXiv:2503.14476, eq. 10; dual clip:
+        Ye et al. 2020, arXiv:1912.09729.
+    """
+
+    name = "clip"
+    low: float = option(0.2, "How far a ratio may fall below 1.", at_least=0.0, below=1.0)
+    high: float = option(0.2, "How far a ratio may rise above 1.", at_least=0.0)
+    dual: float | None = option(
+        None, "Largest ratio that counts where the advantage is negative; None: any.", above=1.0
+    )
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        losses = _clipped(ratio_of(log_ratio), advantages, self.low, self.high)
+        if self.dual is not None:
+            losses = torch.where(advantages < 0, torch.minimum(losses, -self.dual * advantages), losses)
+        return losses
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        ratio = ratio_of(log_ratio)
+        metrics = _clip_shares(ratio, advantages, mask, self.low, self.high)
+        if self.dual is not None:
+            metrics["clip/dual"] = masked_mean(((ratio > self.dual) & (advantages < 0)).to(ratio.dtype), mask)
+        return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Surrogate):
+    r"""REINFORCE whose importance weight is truncated, so that no token loses its gradient.
+
+    .. math:: \ell_t = -\operatorname{sg}[\min(r_t, r_\max)]\, A_t \log \pi(y_t)
+
+    Metric: ``clip/high``, the share of tokens whose weight is truncated.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+
+    Example:
+        >>> CISPO()(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[True]]),
+        ...         old_log_probs=torch.tensor([[-1.0]]))
+        tensor([[2.]])
+
+    References:
+        MiniMax-M1, arXiv:2506.13585, section 3.1; only the upper bound, as in its experiments.
+    """
+
+    name = "cispo"
+    max_ratio: float = option(5.0, "Largest importance weight.", above=0.0)
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        log_probs = torch.where(mask, log_probs.to(log_ratio.dtype), 0.0)
+        return -ratio_of(log_ratio).clamp(max=self.max_ratio).detach() * advantages * log_probs
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        ratio = ratio_of(log_ratio)
+        return {"clip/high": masked_mean((ratio > self.max_ratio).to(ratio.dtype), mask)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(Surrogate):
+    r"""A soft gate in place of the clip.
+
+    .. math:: \ell_t = -\frac{4}{\tau} \sigma(\tau (r_t - 1))\, A_t, \qquad
+        \tau = \tau_+ \text{ where } A_t > 0,\ \tau_- \text{ elsewhere}
+
+    Metric: ``gate/mean``, the mean slope of the gate, :math:`4 \sigma (1 - \sigma)`, which is 1 on policy and falls
+    towards 0 where a clip would hold a token back.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+
+    Example:
+        >>> SAPO()(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[True]]),
+        ...        old_log_probs=torch.tensor([[-1.0]]))
+        tensor([[-4.]])
+
+    References:
+        SAPO, arXiv:2511.20347.
+    """
+
+    name = "sapo"
+    temperature_positive: float = option(1.0, "Sharpness of the gate where the advantage is positive.", above=0.0)
+    temperature_negative: float = option(
+        1.05, "Its sharpness elsewhere; larger forgets off-policy mistakes sooner.", above=0.0
+    )
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        temperature = self._temperature(advantages)
+        gate = torch.sigmoid(temperature * (ratio_of(log_ratio) - 1.0)) * 4.0 / temperature
+        return -gate * advantages
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        opened = torch.sigmoid(self._temperature(advantages) * (ratio_of(log_ratio) - 1.0))
+        return {"gate/mean": masked_mean(4.0 * opened * (1.0 - opened), mask, empty=1.0)}
+
+    def _temperature(self, advantages: Tensor) -> Tensor:
+        # Not torch.where of two Python numbers: that rounds them to the default dtype.
+        lower = torch.full_like(advantages, self.temperature_negative)
+        return lower.masked_fill(advantages > 0, self.temperature_positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SequenceClip(Surrogate):
+    """What both variants of GSPO share: the clip widths, and the mean log-ratio of a response."""
+
+    is_sequence_level: ClassVar[bool] = True
+    low: float = option(
+        0.2, "How far a ratio may fall below 1; GSPO's own width is far below PPO's, 3e-4.", at_least=0.0, below=1.0
+    )
+    high: float = option(0.2, "How far it may rise above 1; GSPO's own width is 4e-4.", at_least=0.0)
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        ratio = ratio_of(masked_mean(log_ratio, mask, dim=1)[:, None])
+        return _clip_shares(ratio, advantages, mask, self.low, self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOToken(_SequenceClip):
+    r"""GSPO-token: the ratio of the sequence, with a gradient and an advantage per token.
+
+    .. math:: \ell_t = -\min(s_t A_t,\ \operatorname{clip}(s_t, 1-\epsilon_l, 1+\epsilon_h) A_t), \qquad
+        s_t = \operatorname{sg}\Bigl[\exp \frac{1}{|y|} \sum_k \log r_k\Bigr]
+        \frac{\pi(y_t)}{\operatorname{sg}[\pi(y_t)]}
+
+    Metrics: ``clip/low`` and ``clip/high``, the shares of tokens that the clip of their sequence holds back.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+
+    Example:
+        >>> GSPOToken()(torch.tensor([[-1.0, -0.8]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]),
+        ...             old_log_probs=torch.tensor([[-1.0, -1.0]]))
+        tensor([[-1.1052, -2.2103]])
+
+    References:
+        GSPO, arXiv:2507.18071, eq. 13-14.
+    """
+
+    name = "gspo_token"
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        of_sequence = masked_mean(log_ratio, mask, dim=1)[:, None].detach()
+        ratio = ratio_of(of_sequence + log_ratio - log_ratio.detach())
+        return _clipped(ratio, advantages, self.low, self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(_SequenceClip):
+    r"""GSPO: one ratio and one advantage for the whole sequence.
+
+    .. math:: \ell_t = -\min(s A,\ \operatorname{clip}(s, 1-\epsilon_l, 1+\epsilon_h) A), \qquad
+        s = \exp \frac{1}{|y|} \sum_k \log r_k
+
+    Token weights do nothing here: :math:`s` moves every token alike, so only their mean, 1, would count. Token
+    advantages that differ inside a response are refused on the CPU; elsewhere that check would stall the step.
+    Metrics: those of :class:`GSPOToken`.
+
+    Raises:
+        ValueError: If a parameter is out of range, or the advantages of a response differ (CPU, eager mode).
+
+    Example:
+        >>> GSPO()(torch.tensor([[-1.0, -0.8]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[True, True]]),
+        ...        old_log_probs=torch.tensor([[-1.0, -1.0]]))
+        tensor([[-2.2103, -2.2103]])
+
+    References:
+        GSPO, arXiv:2507.18071, eq. 5-7.
+    """
+
+    name = "gspo"
+    is_one_ratio: ClassVar[bool] = True
+    refusal_of_weights: ClassVar[str] = (
+        "GSPO's sequence-level ratio moves every token of a response alike, so token weights of mean one have no "
+        "effect: use surrogate='gspo_token', or strength=0"
+    )
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and advantages.device.type == "cpu":
+            mean = masked_mean(advantages, mask, dim=1)[:, None]
+            if ((advantages - mean).abs() > 1e-5 * mean.abs())[mask].any():
+                raise ValueError(f"advantages differ inside a response; {self.refusal_of_weights}")
+        return _clipped(ratio_of(masked_mean(log_ratio, mask, dim=1)[:, None]), advantages, self.low, self.high)

@@ -1,0 +1,250 @@
+"""Surrogates: the reference, gradients, metrics of their own, what is refused, and how to add one."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import helpers
+import pytest
+import reference
+import torch
+from batches import batches
+from helpers import as_lists, close
+from hypothesis import given, settings
+from torch.autograd import gradcheck
+
+from srpo_core import LossOptions, SRPOConfig, grpo_loss, shared_baseline_weights
+from srpo_core.checked import option
+from srpo_core.surrogates import CISPO, GSPO, SAPO, Clip, GSPOToken, Surrogate
+
+SURROGATES = [*helpers.SURROGATES.values()]
+TOKEN_WEIGHTED = [surrogate for surrogate in SURROGATES if not surrogate.is_one_ratio]
+
+
+def each_of(surrogates):
+    return pytest.mark.parametrize("surrogate", surrogates, ids=lambda surrogate: surrogate.name)
+
+
+def parameters(surrogate):
+    return {each.name: getattr(surrogate, each.name) for each in fields(surrogate) if each.init}
+
+
+def losses_of(surrogate, batch, advantages=None):
+    advantages = batch.token_advantages if advantages is None else advantages
+    return surrogate(batch.log_probs, advantages, batch.mask, old_log_probs=batch.old_log_probs)
+
+
+def inputs(batch):
+    """In the order of the reference."""
+    return as_lists(batch.log_probs, batch.old_log_probs, batch.token_advantages, batch.mask)
+
+
+@each_of(SURROGATES)
+@given(batch=batches())
+def test_surrogates_equal_the_reference(batch, surrogate):
+    for chosen in (type(surrogate)(), surrogate):
+        expected = reference.surrogate(*inputs(batch), surrogate.name, **parameters(chosen))
+        close(losses_of(chosen, batch), expected)
+
+
+@each_of(SURROGATES)
+@given(batch=batches())
+def test_metrics_of_each_surrogate_equal_plain_loops(batch, surrogate):
+    """Its own and no other's; with a spread at which every clip is reached."""
+    batch = replace(batch, log_probs=batch.old_log_probs + 3.0 * (batch.log_probs - batch.old_log_probs))
+    for chosen in (type(surrogate)(), surrogate):
+        expected = reference.surrogate_metrics(*inputs(batch), surrogate.name, **parameters(chosen))
+        args = (batch.log_probs.clone().requires_grad_(), batch.token_advantages, batch.mask)
+        metrics = grpo_loss(*args, LossOptions(surrogate=chosen), old_log_probs=batch.old_log_probs).metrics
+        of_every_loss = {"loss/policy", "ratio/mean", "ratio/min", "ratio/max", "kl/old"}
+        assert metrics.keys() - of_every_loss == expected.keys()
+        for name, value in expected.items():
+            close(metrics[name], value)
+            assert metrics[name].ndim == 0
+            assert not metrics[name].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "expected"),
+    [
+        # Ratios e^0.5, e^0.1, e^-0.5, e^-0.1 and e^2, the last two of negative advantage; sequence ratio e^0.4.
+        (Clip(), {"clip/low": 0.0, "clip/high": 0.2}),
+        (Clip(low=0.05, dual=3.0), {"clip/low": 0.2, "clip/high": 0.2, "clip/dual": 0.2}),
+        (CISPO(), {"clip/high": 0.2}),
+        (CISPO(max_ratio=1.01), {"clip/high": 0.6}),
+        (GSPOToken(), {"clip/low": 0.0, "clip/high": 0.6}),
+    ],
+)
+def test_metrics_by_hand(surrogate, expected):
+    log_ratio = torch.tensor([[0.5, 0.1, -0.5, -0.1, 2.0]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
+    metrics = surrogate.metrics(log_ratio, advantages, torch.ones(1, 5).bool())
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        close(metrics[name], value)
+
+
+def test_gate_mean_of_sapo_is_one_on_policy_and_falls_off_it():
+    advantages, mask = torch.ones(1, 2), torch.ones(1, 2).bool()
+    assert SAPO().metrics(torch.zeros(1, 2), advantages, mask)["gate/mean"] == 1.0
+    off = SAPO().metrics(torch.full((1, 2), 1.5), advantages, mask)["gate/mean"]
+    gate = 1 / (1 + math.exp(-(math.exp(1.5) - 1)))
+    close(off, 4 * gate * (1 - gate), rtol=1e-6)
+    assert SAPO().metrics(torch.zeros(1, 2), advantages, ~mask)["gate/mean"] == 1.0
+
+
+@each_of(TOKEN_WEIGHTED)
+@given(batch=batches())
+def test_invariant_13_a_weighted_advantage_is_a_weighted_loss(batch, surrogate):
+    """Value, gradient and every clip mask, so nothing but the size of a token's update changes."""
+    weights = shared_baseline_weights(batch.scores, batch.roles, batch.mask)
+    log_probs = batch.log_probs.clone().requires_grad_()
+    batch = replace(batch, log_probs=log_probs)
+    plain = losses_of(surrogate, batch)
+    weighted = losses_of(surrogate, batch, weights * batch.token_advantages)
+    close(weighted, weights * plain.detach())
+    (plain_gradient,) = torch.autograd.grad(plain.sum(), log_probs)
+    (weighted_gradient,) = torch.autograd.grad(weighted.sum(), log_probs)
+    close(weighted_gradient, weights * plain_gradient)
+
+
+@each_of(SURROGATES)
+def test_gradients_away_from_kinks(surrogate):
+    g = torch.Generator().manual_seed(3)
+    old = -torch.rand(3, 4, generator=g, dtype=torch.float64)
+    log_probs = (old + 0.03 * torch.randn(3, 4, generator=g, dtype=torch.float64)).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)[:, None].expand(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]).bool()
+    if surrogate.name in ("cispo", "gspo_token"):  # their values hold a stopped gradient: take the written derivative
+        loss = surrogate(log_probs, advantages, mask, old_log_probs=old)
+        (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+        log_ratio = torch.where(mask, log_probs.detach() - old, 0.0)
+        if surrogate.name == "cispo":
+            ratio = log_ratio.exp().clamp(max=surrogate.max_ratio)
+        else:
+            ratio = (log_ratio.sum(1) / mask.sum(1)).exp()[:, None]
+        close(gradient, torch.where(mask, -ratio * advantages, 0.0))
+    else:
+        assert gradcheck(lambda x: surrogate(x, advantages, mask, old_log_probs=old), (log_probs,))
+
+
+def test_clipped_tokens_have_no_gradient_and_the_dual_clip_frees_runaway_ones():
+    log_probs = torch.tensor([[0.5, -0.5, 0.5, -0.5, 2.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0]])
+    losses = Clip(dual=3.0)(log_probs, advantages, torch.ones(1, 5).bool(), old_log_probs=torch.zeros(1, 5))
+    losses.sum().backward()
+    assert (log_probs.grad != 0).tolist() == [[False, True, True, False, False]]
+    assert losses[0, 4].item() == 3.0
+
+
+@each_of(TOKEN_WEIGHTED)
+def test_runaway_ratios_saturate(surrogate):
+    log_probs = torch.tensor([[500.0, -500.0]], requires_grad=True)
+    losses = surrogate(log_probs, -torch.ones(1, 2), torch.ones(1, 2).bool(), old_log_probs=torch.zeros(1, 2))
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert log_probs.grad.isfinite().all()
+
+
+def test_gspo_refuses_token_advantages_and_says_why():
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2).bool()
+    with pytest.raises(ValueError, match=r"advantages differ inside a response; GSPO's sequence-level .*gspo_token"):
+        GSPO()(zeros, torch.tensor([[1.5, 0.5]]), mask, old_log_probs=zeros)
+    assert GSPO()(zeros, torch.tensor([[1.5, 0.5]]), torch.tensor([[True, False]]), old_log_probs=zeros)[0, 1] == 0
+
+
+@each_of(TOKEN_WEIGHTED)
+@pytest.mark.parametrize("name", ["advantages", "old_log_probs"])
+def test_exchanged_tensors_raise_instead_of_training_nothing(surrogate, name):
+    """All three have one shape and dtype; what tells them apart is which one has a gradient."""
+    policy, other, mask = torch.zeros(1, 2, requires_grad=True), torch.ones(1, 2), torch.ones(1, 2).bool()
+    tensors = {"log_probs": other, "advantages": other, "old_log_probs": other} | {name: policy}
+    with pytest.raises(ValueError, match=f"^{name} requires a gradient and log_probs does not"):
+        surrogate(mask=mask, **tensors)
+    with torch.no_grad():  # evaluation trains nothing anyway
+        surrogate(mask=mask, **tensors)
+    both = {"log_probs": torch.zeros(1, 2, requires_grad=True), "advantages": other, "old_log_probs": other}
+    surrogate(mask=mask, **(both | {name: policy})).sum().backward()
+    assert policy.grad is None  # only the policy being trained gets one
+
+
+# One of your own
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test defines is forgotten afterwards."""
+    monkeypatch.setattr(Surrogate, "_by_name", Surrogate.known())
+
+
+@pytest.fixture
+def leaky(registry):
+    """A toy with one parameter: a clip that lets a share of the gradient through."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Leaky(Surrogate):
+        name = "leaky"
+        leak: float = option(0.1, "Share of the loss that no clip takes.", at_least=0.0, at_most=1.0)
+
+        def losses(self, log_ratio, log_probs, advantages, mask):
+            ratio = log_ratio.exp()
+            clipped = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+            return self.leak * (-ratio * advantages) + (1.0 - self.leak) * clipped
+
+    return Leaky
+
+
+def test_a_subclass_is_all_that_a_surrogate_with_a_parameter_takes(leaky):
+    tight = SRPOConfig(surrogate={"name": "leaky", "leak": 0.0}, reduction="sum")
+    assert tight.surrogate == leaky(leak=0.0)
+
+    @settings(max_examples=10)
+    @given(batch=batches())
+    def check(batch):
+        def loss_of(options):
+            args = (batch.log_probs, batch.token_advantages, batch.mask)
+            return grpo_loss(*args, options, old_log_probs=batch.old_log_probs)
+
+        loss, metrics = loss_of(tight)
+        close(loss, loss_of(LossOptions(reduction="sum")).loss)
+        assert "clip/high" not in metrics
+        half, open_ = (loss_of(replace(tight, surrogate=leaky(leak=leak))).loss for leak in (0.5, 1.0))
+        close(half, 0.5 * (loss + open_))
+
+    check()
+
+
+def test_a_surrogate_of_the_user_is_known_by_its_name_and_checked(leaky):
+    assert LossOptions(surrogate="leaky").surrogate == leaky()
+    assert Surrogate.known()["leaky"] is leaky
+    with pytest.raises(ValueError, match=r"^surrogate.leak must be in \[0, 1\], got 2"):
+        LossOptions(surrogate={"name": "leaky", "leak": 2})
+    with pytest.raises(ValueError, match="^surrogate must be one of 'clip', .*'leaky'"):
+        LossOptions(surrogate="leeky")
+
+
+def test_the_fixture_forgets_what_a_test_defines():
+    assert "leaky" not in Surrogate.known()
+
+
+def test_a_variant_that_inherits_a_name_does_not_take_its_place(registry):
+    class Halved(Clip):
+        def losses(self, *args):
+            return 0.5 * super().losses(*args)
+
+    assert LossOptions(surrogate="clip").surrogate == Clip()
+    assert type(LossOptions(surrogate=Halved()).surrogate) is Halved
+
+
+def test_known_is_a_copy():
+    Surrogate.known().clear()
+    assert Surrogate.known().keys() >= {surrogate.name for surrogate in SURROGATES}
+
+
+def test_the_base_has_no_losses(registry):
+    class Unfinished(Surrogate):
+        name: ClassVar[str] = "unfinished"  # type: ignore[misc]
+
+    zeros = torch.zeros(1, 2)
+    with pytest.raises(NotImplementedError):
+        LossOptions(surrogate="unfinished").surrogate(zeros, zeros, zeros.bool(), old_log_probs=zeros)
