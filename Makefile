@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs floor clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -19,6 +19,10 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 
+# The tests on the oldest torch that pyproject.toml allows; not part of `make test`, since it downloads 5 GB.
+floor:
+	bash tests/floor.sh
+
 # Whatever decides what is installed is a prerequisite; the stamp is newer than all of it.
 .venv/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
@@ -26,4 +30,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs docs/_build dist build .coverage* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor-* runs docs/_build dist build .coverage* .pytest_cache .ruff_cache .hypothesis

@@ -71,13 +71,13 @@ class RolloutBatch(NamedTuple):
         """The batch with its responses segmented by the tags of the options.
 
         Args:
-            token_ids: See the attributes.
-            mask: See the attributes.
+            token_ids: Sampled tokens, right-padded; or whole sequences, with `attended`.
+            mask: True at the tokens the policy sampled.
             tokenizer: Anything with ``decode(list_of_ids) -> str``.
             options: The tags, and what answers count as.
-            group_ids: See the attributes.
+            group_ids: Equal where responses answer the same prompt.
             ending: Ids that end a response, from :func:`ending_ids`; None: the tokenizer's own.
-            attended: See the attributes.
+            attended: True at context and sampled tokens, where `token_ids` hold prompts too. None: `mask`.
         """
         segmentation = segment_responses(
             token_ids,
@@ -306,7 +306,7 @@ def check_first_batch(
         batch: The responses.
         options: Which tags are expected, and how images are corrupted.
         prompts: Some prompts as text, special tokens and all.
-        image_counts: As for :func:`credit`.
+        image_counts: Of each response its images, and how many the corruption left as they were.
         named: How the user writes an option's name, with ``{}`` where the name goes: ``"srpo_{}"``.
 
     Raises:

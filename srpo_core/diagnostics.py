@@ -32,6 +32,8 @@ ROLE_NAMES = {Role.PERCEPTION: "perception", Role.REASONING: "reasoning"}
 #: An answer is one or the other where it is known.
 Answer = Literal["right", "wrong"]
 
+# A tuple: older versions of torch.compile cannot iterate over the enum.
+_REASONS = tuple(BrokenReason)
 _SCORE_CLIP = CreditOptions.range_of("score_clip")
 
 #: Below this :func:`interference` there is nothing to be gained by weights: stay with GRPO. Above, there may be.
@@ -77,10 +79,10 @@ def credit_metrics(
         metrics[f"weight/{name}/mass"] = torch.where(where, weights, 0.0).sum() / total
         metrics[f"score/{name}/mean"] = masked_mean(scores.detach(), where)
     real = mask.any(1)
-    metrics["structured/fraction"] = masked_mean(masks.scored.any(1).to(weights.dtype), real)
+    metrics["structured/fraction"] = masked_mean(masks.scored().any(1).to(weights.dtype), real)
     if broken is not None:
         metrics["broken/fraction"] = masked_mean((broken != int(BrokenReason.NONE)).to(weights.dtype), real)
-        for reason in BrokenReason:
+        for reason in _REASONS:
             if reason is not BrokenReason.NONE:
                 metrics[f"broken/{reason.name.lower()}"] = masked_mean((broken == int(reason)).to(weights.dtype), real)
     return metrics
@@ -154,7 +156,7 @@ def credit_diagnostics(
 
     dtype = torch.promote_types(at_least_float32(scores.dtype), weights.dtype)
     masks = role_masks(roles, mask)
-    scored, where = masks.scored, dict(zip(ROLE_NAMES.values(), masks, strict=True))
+    scored, where = masks.scored(), dict(zip(ROLE_NAMES.values(), masks, strict=True))
     weights = torch.where(mask, weights.detach().to(dtype), 0.0)
     scores = torch.where(scored, scores.detach().to(dtype), 0.0)
 

@@ -96,7 +96,7 @@ def fused_linear_log_probs_and_entropy(
     Only the log-probs have a gradient. At padding both are 0.
 
     Args:
-        hidden: As in :func:`fused_linear_log_probs`, like all that follow.
+        hidden: ``hidden[b, t]`` predicts ``token_ids[b, t]``.
         output: How they become logits.
         token_ids: The tokens to score.
         mask: True at the tokens to score.
@@ -144,8 +144,8 @@ def fused_linear_divergence(
         other_hidden: Last hidden states under the changed context.
         kind: Which divergence, as in :func:`~srpo_core.token_divergence`.
         top_k: Tokens kept apart by ``topk_kl``, at least 1.
-        active_tokens: As in :func:`fused_linear_log_probs`.
-        chunk_tokens: As in :func:`fused_linear_log_probs`.
+        active_tokens: At least the number of tokens under `mask`, where the host knows it. None: counted on the CPU.
+        chunk_tokens: Tokens whose logits are in memory at a time, at least 1. None: 256 on a CPU, 1024 elsewhere.
 
     Raises:
         ValueError: If `kind` is unknown, a number is out of range, or dtypes or hidden sizes differ.
@@ -196,7 +196,7 @@ def fused_linear_grpo_loss(
     Which one is taken follows from the arguments; the results are the same. Compiles whole; no host sync.
 
     Args:
-        hidden: As in :func:`fused_linear_log_probs`.
+        hidden: ``hidden[b, t]`` predicts ``token_ids[b, t]``: the last hidden states, already shifted by one.
         output: How they become logits; its weight and bias get gradients where they require them.
         token_ids: The sampled tokens, each in [0, vocab) where `mask` is True.
         advantages: Credit of each token.
@@ -211,7 +211,7 @@ def fused_linear_grpo_loss(
             are the same, at a cost in proportion; metrics count the others as unchanged (ratio 1). ``credited`` needs
             `kl_coef` 0 and a surrogate that treats each token by itself.
         active_tokens: As in :func:`fused_linear_log_probs`; of the tokens that `active` names.
-        chunk_tokens: As in :func:`fused_linear_log_probs`.
+        chunk_tokens: Tokens whose logits are in memory at a time, at least 1. None: 256 on a CPU, 1024 elsewhere.
         vocab_columns: Approximate the gradients: the two products keep this many tokens of the vocabulary, at least
             those of one gradient product, and take the others together, as one of rank one. The loss stays exact.
             About 1.6 times faster at a quarter of the vocabulary, and closer than bfloat16 rounding where the model is

@@ -99,10 +99,10 @@ def corrupt_pixel_values(
         pixel_values: The processor's output, in one of the layouts above.
         prompt_ids: The prompt of each image (first axis, or row of the grid), as in :func:`~srpo_core.corrupt_images`.
         image_grid_thw: Frames, height and width of each image in rows of ``pixel_values``; flattened layout only.
-        image_index: As in :func:`~srpo_core.corrupt_images`.
+        image_index: Which of its prompt's images each one is. None: 0 for all.
         kind: The corruption, see :mod:`srpo_core.corruption`. For "none", a pass without any image, build the prompt
             without its image placeholders and call the model without ``pixel_values``.
-        amount: As in :func:`~srpo_core.corrupt_images`.
+        amount: How much of it, in the kind's own unit. None: the kind's default.
         patch_size: Side of a patch in pixels. None: 14, or what one language-model token sees in the flattened layout,
             of which it must be a multiple.
         merge_size: Patches that the model merges into one token along each side; flattened layout only.
@@ -111,9 +111,9 @@ def corrupt_pixel_values(
         image_std: The processor's ``image_std``, above 0. Both say where black and white are after normalization:
             ``patch_mask``, ``black``, ``gray`` and ``noise`` need them and do not guess. 0.0 and 1.0 if the processor
             only rescales to [0, 1].
-        unchanged: As in :func:`~srpo_core.corrupt_images`.
-        seed: As in :func:`~srpo_core.corrupt_images`.
-        step: As in :func:`~srpo_core.corrupt_images`.
+        unchanged: What to do when an image of more than one color comes out as it went in.
+        seed: First part of the key of the draw; any integer.
+        step: Second part: a new optimizer step, a new draw.
 
     Returns:
         A new tensor of the same shape, dtype and device.

@@ -73,7 +73,10 @@ def slices(start: int, stop: int, size: int, multiple: int = 1) -> Iterator[slic
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Let float32 products use the bfloat16 units: exact where both factors were bfloat16, and several times faster."""
-    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:  # before torch 2.9: as exact, and slower
+        yield
+        return
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield

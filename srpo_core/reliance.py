@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -156,7 +155,7 @@ class SpanCounterfactuals(NamedTuple):
             roles: What each token does, :class:`~srpo_core.Role`.
             mask: True at the tokens that are trained on; elsewhere the inputs may hold anything, even NaN.
             original_log_probs: Of the original responses, nats, from the same code path.
-            clip: See :func:`span_reliance`.
+            clip: Bound of what one reasoning token adds, nats, above 0.
 
         Raises:
             ValueError: If a pass is missing, one has another shape than its responses, or as :func:`span_reliance`.
@@ -317,7 +316,7 @@ def span_reliance(
     taken = contrast(log_probs, without_log_probs, reasoning, kind="positive", clip=clip).sum(-1)
     held = perception & (spans >= 0)
     # One row more, for the tokens that no pass is about: there may be no pass at all.
-    taken = F.pad(taken, (0, 0, 0, 1))
+    taken = torch.cat([taken, taken.new_zeros(1, taken.shape[1])])
     return _mean_one(taken.gather(0, torch.where(held, spans.long(), 0).T).T, perception, held)
 
 

@@ -41,7 +41,6 @@ class RoleMasks(NamedTuple):
     perception: Tensor
     reasoning: Tensor
 
-    @property
     def scored(self) -> Tensor:
         """The tokens of either role: those that have a score, and a weight that may differ from 1."""
         return self.perception | self.reasoning

@@ -184,12 +184,12 @@ def srpo_loss(
             once per rollout batch, then :func:`~srpo_core.grpo_loss`.
         old_log_probs: The same tokens under the policy that sampled them, nats: one side of both contrasts, and the
             denominator of the ratio.
-        corrupted_log_probs: As in :func:`srpo_advantages`.
-        counterfactual_log_probs: As in :func:`srpo_advantages`.
-        visual_divergence: As in :func:`srpo_advantages`.
-        consistency_divergence: As in :func:`srpo_advantages`.
-        reliance: As in :func:`srpo_advantages`.
-        broken: As in :func:`srpo_advantages`.
+        corrupted_log_probs: The same tokens with the image corrupted. None: perception scores are 0.
+        counterfactual_log_probs: The same tokens with the perception replaced. None: reasoning scores are 0.
+        visual_divergence: Read where `visual_score` is a divergence, nats.
+        consistency_divergence: Read where `consistency_score` is one, nats.
+        reliance: How much the reasoning relies on each perception token, 1 on average.
+        broken: Why each response is malformed, only to be counted.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.
         normalizer: What the summed loss is divided by, see :func:`~srpo_core.aggregate`.
 

@@ -108,8 +108,11 @@ class Tokens(NamedTuple):
             values = torch.where(self.real, values, 0.0)
         if self.missing is not None:
             values = torch.where(self.missing, torch.nan, values)
-        batch = values.new_zeros(mask.numel()).index_add(0, self.places, values).view(mask.shape)
-        return torch.where(mask, batch, other)
+        if self.real is None or self.missing is not None:
+            values = values.new_zeros(mask.numel()).index_add(0, self.places, values)
+        # Else they are all there in order. Adding them up by their places would be the same, but before torch 2.11
+        # inductor compiles that wrongly.
+        return torch.where(mask, values.view(mask.shape), other)
 
 
 def every_token(mask: Tensor) -> Tokens:
@@ -166,11 +169,15 @@ def sweep(
     count, vocab = len(tokens.places), len(weight)
     logits = weight.new_empty(min(head.chunk, count), vocab, dtype=head.dtype)
     # In full precision the derivatives take the place of the logits; in half, those of several chunks have their own.
-    deltas = weight.new_empty(min(head.span, count), vocab) if derivatives and weight.dtype != head.dtype else None
-    slopes = torch.empty_like(logits) if derivatives and head.softcap else None
+    deltas = (
+        weight.new_empty(min(head.span, count), vocab)
+        if derivatives is not None and weight.dtype != head.dtype
+        else None
+    )
+    slopes = torch.empty_like(logits) if derivatives is not None and head.softcap else None
     log_probs, scales = (weight.new_empty(count, dtype=head.dtype) for _ in range(2))
     entropies = torch.empty_like(log_probs) if entropy else None
-    dropped = torch.empty_like(log_probs) if derivatives and head.columns else None
+    dropped = torch.empty_like(log_probs) if derivatives is not None and head.columns else None
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
     grad_bias = weight.new_zeros(vocab, dtype=head.dtype) if needs[2] else None
     grad_weight = None

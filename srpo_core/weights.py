@@ -36,7 +36,7 @@ class ScaleState(NamedTuple):
 
 
 def _no_nan_among_scores(arguments: Mapping[str, Any]) -> None:
-    check_no_nan("scores", arguments["scores"], role_masks(arguments["roles"], arguments["mask"]).scored)
+    check_no_nan("scores", arguments["scores"], role_masks(arguments["roles"], arguments["mask"]).scored())
 
 
 @typechecked(values=(check_roles, _no_nan_among_scores))
@@ -118,10 +118,10 @@ def shared_baseline_weights(
             raise ValueError("advantages is None; sign='advantage' needs one advantage per trajectory")
         centered = centered * advantages.detach().to(centered.dtype).sign()[:, None]
     # A lone token has nothing to be compared with and keeps weight 1, whatever the baseline.
-    comparable = masks.scored & (masks.scored.sum(1, keepdim=True) >= 2)
+    comparable = masks.scored() & (masks.scored().sum(1, keepdim=True) >= 2)
     to_positive = _chosen("weight_map", options.weight_map, _WEIGHT_MAPS)
     parameters = {name: getattr(options, name) for name in _parameters_of(options.weight_map)}
-    values = torch.where(comparable, to_positive(centered, masks.scored, options.strength, **parameters), 1.0)
+    values = torch.where(comparable, to_positive(centered, masks.scored(), options.strength, **parameters), 1.0)
     weights = torch.where(
         comparable, choose("renormalization", options.renormalization, _RENORMALIZATIONS)(values, masks), 1.0
     )
@@ -204,7 +204,7 @@ _DECAY = CreditOptions.range_of("scale_decay")
 
 
 def _token_mean(scores: Tensor, masks: RoleMasks) -> Tensor:
-    return masked_mean(scores, masks.scored, dim=1)[:, None]
+    return masked_mean(scores, masks.scored(), dim=1)[:, None]
 
 
 def _per_role_mean(scores: Tensor, masks: RoleMasks) -> Tensor:
@@ -220,8 +220,8 @@ def _role_balanced_mean(scores: Tensor, masks: RoleMasks) -> Tensor:
 def _median(scores: Tensor, masks: RoleMasks) -> Tensor:
     if scores.shape[1] == 0:
         return scores.new_zeros(len(scores), 1)
-    ordered = torch.where(masks.scored, scores, torch.inf).sort(dim=1).values
-    last = masks.scored.sum(1, keepdim=True) - 1
+    ordered = torch.where(masks.scored(), scores, torch.inf).sort(dim=1).values
+    last = masks.scored().sum(1, keepdim=True) - 1
     middle = [ordered.gather(1, index.clamp(min=0)) for index in (last // 2, (last + 1) // 2)]
     return torch.where(last >= 0, (middle[0] + middle[1]) / 2, 0.0)
 
@@ -295,7 +295,7 @@ _PARAMETERS = {
 
 
 def _to_mean_one(values: Tensor, masks: RoleMasks) -> Tensor:
-    return values / masked_mean(values, masks.scored, dim=1, empty=1.0)[:, None]
+    return values / masked_mean(values, masks.scored(), dim=1, empty=1.0)[:, None]
 
 
 def _to_mean_one_per_role(values: Tensor, masks: RoleMasks) -> Tensor:

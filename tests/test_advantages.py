@@ -50,7 +50,7 @@ def test_group_advantages_by_hand():
 
 
 @given(batches())
-def test_invariant_5_role_advantages_keep_the_sign_of_the_response(batch):
+def test_role_advantages_keep_the_sign_of_the_response(batch):
     weights = shared_baseline_weights(batch.scores, batch.roles, batch.mask)
     actual = role_advantages(weights, batch.advantages, batch.mask)
     expected = torch.where(batch.mask, batch.advantages[:, None].sign(), 0.0)
@@ -64,7 +64,7 @@ def test_padding_is_zero_even_where_weights_are_nan(batch):
     assert torch.equal(actual, torch.where(batch.mask, 2.0 * batch.advantages[:, None], 0.0))
 
 
-def test_invariant_15_no_gradient_reaches_the_weights():
+def test_no_gradient_reaches_the_weights():
     weights, advantages = torch.ones(1, 2, requires_grad=True), torch.ones(1, requires_grad=True)
     assert not role_advantages(weights, advantages, torch.ones(1, 2).bool()).requires_grad
     assert not group_advantages(advantages, torch.zeros(1).long()).requires_grad

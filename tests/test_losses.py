@@ -130,7 +130,7 @@ def test_a_global_normalizer_makes_micro_batches_add_up(batch, reduction):
 
 
 @given(batches())
-def test_invariant_14_mass_is_conserved_under_every_normalizer(batch):
+def test_mass_is_conserved_under_every_normalizer(batch):
     """Mean-one weights over a whole response leave its share of the batch alone, however losses are averaged."""
     roles = torch.where(batch.mask, batch.roles.clamp(1, 2), 0)
     weights = shared_baseline_weights(batch.scores.nan_to_num(), roles, batch.mask)
@@ -146,7 +146,7 @@ def test_invariant_14_mass_is_conserved_under_every_normalizer(batch):
 
 @surrogates
 @given(batch=batches())
-def test_invariant_8_padding_reaches_neither_loss_nor_gradient(batch, name):
+def test_padding_reaches_neither_loss_nor_gradient(batch, name):
     """NaN, infinities and huge ratios under the mask; the gradient there is exactly 0."""
     results = []
     for filler in (torch.nan, torch.inf, -1e9, 3.0):

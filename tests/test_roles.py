@@ -536,7 +536,7 @@ def test_role_masks_are_the_real_tokens_of_each_weighted_role():
     masks = role_masks(roles, mask)
     assert masks.perception.tolist() == [[True, False, False, False, False, False]]
     assert masks.reasoning.tolist() == [[False, True, False, False, False, False]]
-    assert masks.scored.tolist() == [[True, True, False, False, False, False]]
+    assert masks.scored().tolist() == [[True, True, False, False, False, False]]
 
 
 def test_check_roles_names_the_first_wrong_one_of_a_real_token():

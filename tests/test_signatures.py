@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._dynamo.exc import Unsupported
 
 import srpo_core
@@ -205,13 +206,16 @@ def test_an_unknown_name_is_a_value_error(choice):
 
 @each_choice
 def test_an_unknown_name_is_a_value_error_in_a_graph_that_must_be_whole(choice):
-    """PyTorch wraps whatever is raised there, and quotes it."""
+    """PyTorch wraps whatever is raised there, and quotes it; before torch 2.9 it only says that there was something."""
     if choice.function in ON_THE_HOST:
         pytest.skip("reads values on the host")
     torch.compiler.reset()
-    with pytest.raises((ValueError, Unsupported), match=message_of(choice)) as error:
+    quotes = Version(torch.__version__).release >= (2, 9)
+    with pytest.raises(
+        (ValueError, Unsupported), match=message_of(choice) if quotes else "Observed exception"
+    ) as error:
         torch.compile(partial(call, choice), fullgraph=True, backend="eager")("typo", needed_arguments(choice))
-    assert isinstance(error.value, ValueError) or "raised exception ValueError(" in str(error.value)
+    assert isinstance(error.value, ValueError) or not quotes or "raised exception ValueError(" in str(error.value)
 
 
 def test_an_unknown_name_is_a_value_error_under_compile():

@@ -95,7 +95,7 @@ def test_gate_mean_of_sapo_is_one_on_policy_and_falls_off_it():
 
 @each_of(TOKEN_WEIGHTED)
 @given(batch=batches())
-def test_invariant_13_a_weighted_advantage_is_a_weighted_loss(batch, surrogate):
+def test_a_weighted_advantage_is_a_weighted_loss(batch, surrogate):
     """Value, gradient and every clip mask, so nothing but the size of a token's update changes."""
     weights = shared_baseline_weights(batch.scores, batch.roles, batch.mask)
     log_probs = batch.log_probs.clone().requires_grad_()

@@ -92,7 +92,7 @@ def test_measured_scales_replace_those_of_the_options(batch, options):
 
 
 @given(batches(dtype=torch.float32), options())
-def test_invariant_1_positive_on_every_real_token_and_zero_at_padding(batch, options):
+def test_positive_on_every_real_token_and_zero_at_padding(batch, options):
     weights = weigh(batch, options)
     assert (weights[batch.mask] > 0).all()
     assert (weights[~batch.mask] == 0).all()
@@ -100,7 +100,7 @@ def test_invariant_1_positive_on_every_real_token_and_zero_at_padding(batch, opt
 
 
 @given(batches(), options(renormalizations=["trajectory"]))
-def test_invariant_2_mean_one_over_the_scored_tokens_of_each_trajectory(batch, options):
+def test_mean_one_over_the_scored_tokens_of_each_trajectory(batch, options):
     weights, scored = weigh(batch, options), batch.scored
     mean = torch.where(scored, weights, 0.0).sum(1) / scored.sum(1)
     close(mean[scored.any(1)], [1.0] * int(scored.any(1).sum()))
@@ -118,14 +118,14 @@ def test_mean_one_over_each_role_with_per_role_renormalization(batch, options):
 @pytest.mark.parametrize(("baseline", "weight_map", "renormalization"), COMBINATIONS)
 @settings(max_examples=15)
 @given(batch=batches(dtype=torch.float32), mix=st.sampled_from([0.3, 0.9, 1.0]))
-def test_invariant_3_strength_or_mix_zero_is_exactly_one(batch, mix, baseline, weight_map, renormalization):
+def test_strength_or_mix_zero_is_exactly_one(batch, mix, baseline, weight_map, renormalization):
     options = CreditOptions(baseline=baseline, weight_map=weight_map, renormalization=renormalization)
     assert torch.equal(weigh(batch, replace(options, strength=0.0, mix=mix)), batch.mask.float())
     assert torch.equal(weigh(batch, replace(options, mix=0.0)), batch.mask.float())
 
 
 @given(batches(), options(), st.floats(-4, 4))
-def test_invariant_4_constant_scores_weigh_one(batch, options, constant):
+def test_constant_scores_weigh_one(batch, options, constant):
     if options.baseline == options.renormalization == "none":
         options = replace(options, baseline="token")
     batch = replace(batch, scores=torch.full_like(batch.scores, constant))
@@ -139,7 +139,7 @@ def raised_at(batch, place, by):
 
 
 @given(batches(), options(), st.data())
-def test_invariant_6_monotone_in_the_tokens_own_score(batch, options, data):
+def test_monotone_in_the_tokens_own_score(batch, options, data):
     scored = [tuple(place) for place in batch.scored.nonzero().tolist()]
     assume(scored)
     place = data.draw(st.sampled_from(scored))
@@ -151,7 +151,7 @@ def test_invariant_6_monotone_in_the_tokens_own_score(batch, options, data):
     options(baselines=["token", "role_balanced", "none"], renormalizations=["trajectory", "none"]),
     st.data(),
 )
-def test_invariant_6_strictly_where_the_map_is_not_at_its_bound(batch, options, data):
+def test_strictly_where_the_map_is_not_at_its_bound(batch, options, data):
     """Not so with a baseline or a mean that is the token's own: alone in its role, or the median itself."""
     scored = [tuple(place) for place in batch.scored.nonzero().tolist() if batch.scored[place[0]].sum() >= 2]
     assume(scored)
@@ -161,7 +161,7 @@ def test_invariant_6_strictly_where_the_map_is_not_at_its_bound(batch, options, 
 
 
 @given(batches(), options())
-def test_invariant_7_equivariant_under_permutation_of_tokens(batch, options):
+def test_equivariant_under_permutation_of_tokens(batch, options):
     order = torch.randperm(batch.mask.shape[1], generator=torch.Generator().manual_seed(1))
     permuted = replace(batch, **{name: getattr(batch, name)[:, order] for name in ("scores", "roles", "mask")})
     close(weigh(permuted, options), weigh(batch, options)[:, order])
@@ -178,13 +178,13 @@ def test_invariants_8_and_9_neither_padding_nor_the_rest_of_the_batch_matters(ba
 
 
 @given(batches(), options(baselines=["token", "role_balanced", "per_role", "median"]), st.floats(-3, 3))
-def test_invariant_10_a_common_shift_of_all_scores_cancels(batch, options, shift):
+def test_a_common_shift_of_all_scores_cancels(batch, options, shift):
     shifted = replace(batch, scores=batch.scores + shift)
     close(weigh(shifted, options), weigh(batch, options), rtol=1e-7)
 
 
 @given(batches(), options(maps=BOUNDED_MAPS))
-def test_invariant_11_stated_bounds(batch, options):
+def test_stated_bounds(batch, options):
     reach = options.strength * options.bound
     low, high = math.exp(-reach), math.exp(reach)
     if options.weight_map == "one_plus_tanh":
@@ -278,7 +278,9 @@ def test_empty_batches_are_empty(shape, baseline):
 
 def token_mean(scores, masks):
     """``baseline="token"`` once more."""
-    return torch.where(masks.scored, scores, 0.0).sum(1, keepdim=True) / masks.scored.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(masks.scored(), scores, 0.0).sum(1, keepdim=True) / masks.scored().sum(1, keepdim=True).clamp(
+        min=1
+    )
 
 
 def power_of_softplus(centered, scored, strength, *, power):

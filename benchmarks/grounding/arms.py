@@ -183,7 +183,7 @@ class Oracle(Weighted):
 
     def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
         masks = role_masks(batch.segmentation.roles, batch.mask)
-        scored = masks.perception if self.perception_only else masks.scored
+        scored = masks.perception if self.perception_only else masks.scored()
         carrying = evidence(batch.token_ids, batch.problems)
         weights = torch.where(carrying, self.high, self.low)
         mean = (weights * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
@@ -198,7 +198,7 @@ class Placebo(Weighted):
 
     def weights(self, model: TinyVLM, batch: Batch) -> Tensor:
         weights = self.of.weights(model, batch)
-        scored = role_masks(batch.segmentation.roles, batch.mask).scored
+        scored = role_masks(batch.segmentation.roles, batch.mask).scored()
         shuffled = weights.clone()
         generator = Generator().manual_seed(batch.step)
         for row, places in enumerate(scored):

@@ -140,7 +140,7 @@ class RolloutWriter:
             counterfactual_log_probs: The same with the perception replaced, carried back to the original positions.
             repeated_log_probs: The pass of `old_log_probs`, run a second time, for the noise floor.
             roles: From :func:`~srpo_core.segment_responses`; without them the reader takes roles from the text.
-            broken: Likewise.
+            broken: From there too.
             scores: Score of each token under its role, nats: the sum of :func:`~srpo_core.visual_dependency` and
                 :func:`~srpo_core.perception_consistency`. Needed where the log-probs do not determine it (a divergence,
                 or scores that depend on the reliance); else the reader computes it.
