@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class OutputLayer:
     """
 
     weight: Tensor
+    _: KW_ONLY
     bias: Tensor | None = None
     temperature: float = 1.0
     logit_softcap: float | None = None
@@ -107,7 +108,7 @@ class OutputLayer:
         weight, bias = _plain_parameters(layer)
         holders = (each for each in model.modules() if any(child is layer for child in each.children()))
         scale, softcap = _scale_and_softcap(next(holders, model))
-        return OutputLayer(weight, bias, temperature, softcap, scale)
+        return OutputLayer(weight, bias=bias, temperature=temperature, logit_softcap=softcap, logit_scale=scale)
 
 
 def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:

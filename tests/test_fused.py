@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def output(self):
-        return OutputLayer(self.weight, self.bias, **self.of_logits)
+        return OutputLayer(self.weight, bias=self.bias, **self.of_logits)
 
     @property
     def leaves(self):
@@ -440,7 +440,7 @@ def test_extreme_logits_are_finite_and_exact():
     steep = OutputLayer(torch.tensor([[400.0], [0.0], [-900.0], [0.0]]))
     assert fused_linear_log_probs(hidden, steep, torch.tensor([[1, 2, 0]]), mask).tolist() == [[-400.0, -1300.0, 0.0]]
     weight = torch.zeros(3, 1, requires_grad=True)
-    barred = OutputLayer(weight, torch.tensor([0.0, 0.0, -math.inf]))
+    barred = OutputLayer(weight, bias=torch.tensor([0.0, 0.0, -math.inf]))
     both = fused_linear_log_probs_and_entropy(hidden, barred, torch.tensor([[0, 1, 0]]), mask)
     close(both.log_probs, torch.full((1, 3), -math.log(2)), rtol=1e-6, atol=0)
     close(both.entropy, torch.full((1, 3), math.log(2)), rtol=1e-6, atol=0)

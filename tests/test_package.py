@@ -219,7 +219,7 @@ def test_no_host_sync_in_the_fused_functions(frozen):
     tokens, ids, mask = (torch.zeros(2, 3, dtype=dtype, device="meta") for dtype in (torch.float32, int, bool))
     hidden = torch.zeros(2, 3, 4, device="meta", requires_grad=True)
     weight, bias = (torch.zeros(*shape, device="meta", requires_grad=not frozen) for shape in ((7, 4), (7,)))
-    output = srpo_core.OutputLayer(weight, bias, logit_softcap=2.0, logit_scale=0.5)
+    output = srpo_core.OutputLayer(weight, bias=bias, logit_softcap=2.0, logit_scale=0.5)
     for surrogate in SURROGATES:
         options = srpo_core.LossOptions(surrogate=surrogate, kl_coef=0.1)
         for chunk, count in ((None, None), (2, 5)):

@@ -450,7 +450,9 @@ def test_the_fused_loss_takes_options_and_output_layers_into_one_graph():
     ids, hidden = torch.randint(11, (3, 8), generator=g), torch.randn(3, 8, 4, generator=g)
     for step in range(11):
         weight = torch.randn(11, 4, generator=g)
-        output = OutputLayer(weight, torch.randn(11, generator=g), 0.7, logit_softcap=3.0, logit_scale=0.5)
+        output = OutputLayer(
+            weight, bias=torch.randn(11, generator=g), temperature=0.7, logit_softcap=3.0, logit_scale=0.5
+        )
         options = replace(OPTIONS, kl_coef=0.0, mix_warmup_steps=10).at_step(step)
         weights = shared_baseline_weights(old, roles, mask, options)
         inputs = hidden, output, role_advantages(weights, advantages, mask), options
