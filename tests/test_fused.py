@@ -82,14 +82,14 @@ class Problem:
     def log_probs(self, dtype=torch.float64):
         return token_log_probs(self.logits(dtype), self.ids(), temperature=self.temperature)
 
-    def fused(self, options=DEFAULTS, *, advantages=None, **how):
+    def fused(self, options=None, *, advantages=None, **how):
         return fused_linear_grpo_loss(
             self.hidden,
             self.output,
             self.token_ids,
             self.token_advantages if advantages is None else advantages,
             self.mask,
-            options,
+            DEFAULTS if options is None else options,  # no default: torch 2.11 cannot trace that of a method
             old_log_probs=self.old,
             ref_log_probs=self.ref,
             **how,
