@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ RESPONSES = [
 class Characters:
     """A token for each character."""
 
-    eos_token_id = EOS
+    eos_token_id, pad_token_id = EOS, PAD
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -563,3 +565,32 @@ def test_credit_options_of_a_step_are_a_config_still():
     assert isinstance(options, SRPOConfig)
     assert isinstance(options, CreditOptions)
     assert options.perception_tags == ("<p>", "</p>")
+
+
+def test_the_readme_trains_as_printed():
+    """Its block of code, with what a trainer has at hand."""
+    block = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    words = {"<p>": "<perception>", "</p>": "</perception>", "<t>": "<think>", "</t>": "</think>"}
+    token_ids, mask = tokens_of([re.sub("</?[pt]>", lambda tag: words[tag[0]], text) for text in RESPONSES])
+
+    def score(view):
+        return torch.full((token_ids if view.responses is None else view.responses.token_ids).shape, -3.0)
+
+    old_log_probs = torch.full(mask.shape, -1.0)
+    trainer = {
+        "token_ids": token_ids,
+        "mask": mask,
+        "tokenizer": Characters(),
+        "group_ids": torch.zeros(len(mask), dtype=torch.int64),
+        "rewards": torch.arange(len(mask)) % 2.0,
+        "old_log_probs": old_log_probs,
+        "log_probs": old_log_probs.clone().requires_grad_(),
+        "step": 0,
+        "score": score,
+    }
+    exec(block[1], trainer)
+    trainer["loss"].backward()
+    credited, gradient = trainer["credited"], trainer["log_probs"].grad
+    assert credited.scores[mask & (trainer["batch"].segmentation.roles == Role.PERCEPTION)].eq(2.0).all()
+    close(gradient, -credited.advantages / mask.sum(), rtol=1e-5, atol=1e-7)
