@@ -8,6 +8,7 @@ from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 from srpo_core import options
+from srpo_core.checked import names_of
 from srpo_core.surrogates import Surrogate
 
 project = "srpo_core"
@@ -55,9 +56,7 @@ class Options(SphinxDirective):
 
 
 def _row(each: dataclasses.Field, hint: object) -> tuple[str, str, str]:
-    parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
-    names = ", ".join(f"`{value}`" for literal in literals for value in typing.get_args(literal))
+    names = ", ".join(f"`{value}`" for value in names_of(hint))
     function = ", or a function" if "Callable" in str(hint) else ""
     sentences = [each.metadata["help"], f"One of {names}{function}." if names else ""]
     if bounds := str(each.metadata["range"]):

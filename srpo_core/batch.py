@@ -239,10 +239,10 @@ def credit(
         raise ValueError(
             f"scored has no log-probs of {', '.join(missing)}; score each of plan.views: {', '.join(expected)}"
         )
-    passes = {"old_log_probs": (old_log_probs, batch.token_ids)} | {
+    expected_tokens = {"old_log_probs": (old_log_probs, batch.token_ids)} | {
         f"scored[{view.name!r}]": (scored[view.name], (view.responses or batch).token_ids) for view in planned.views
     }
-    for name, (log_probs, tokens) in passes.items():
+    for name, (log_probs, tokens) in expected_tokens.items():
         if log_probs.shape != tokens.shape:
             raise ValueError(
                 f"{name} must have shape {tuple(tokens.shape)}, one log-prob for each token that was to be scored, got "

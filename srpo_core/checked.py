@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["CheckedOptions", "OptionError", "Range", "choose", "option"]
+__all__ = ["CheckedOptions", "OptionError", "Range", "choose", "kinds_of", "names_of", "option"]
 
 T = TypeVar("T")
 #: How an option's name was written where it was set: ``srpo_strength``, ``algorithm.srpo.strength``.
@@ -196,8 +196,18 @@ def _hints(cls: type) -> dict[str, Any]:
     return _HINTS[cls]
 
 
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The kinds of value that an option takes: the members of a union, or the one type that it is."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def names_of(annotation: Any) -> tuple[Any, ...]:
+    """The names that an option takes; empty where it takes none."""
+    return next((get_args(kind) for kind in kinds_of(annotation) if get_origin(kind) is Literal), ())
+
+
 def _check(name: str, value: Any, annotation: Any, bounds: Range) -> None:
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    kinds = kinds_of(annotation)
     if value is None and types.NoneType in kinds:
         return
     for kind in kinds:

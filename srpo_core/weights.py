@@ -118,10 +118,11 @@ def shared_baseline_weights(
             raise ValueError("advantages is None; sign='advantage' needs one advantage per trajectory")
         centered = centered * advantages.detach().to(centered.dtype).sign()[:, None]
     # A lone token has nothing to be compared with and keeps weight 1, whatever the baseline.
-    comparable = masks.scored() & (masks.scored().sum(1, keepdim=True) >= 2)
+    scored = masks.scored()
+    comparable = scored & (scored.sum(1, keepdim=True) >= 2)
     to_positive = _chosen("weight_map", options.weight_map, _WEIGHT_MAPS)
     parameters = {name: getattr(options, name) for name in _parameters_of(options.weight_map)}
-    values = torch.where(comparable, to_positive(centered, masks.scored(), options.strength, **parameters), 1.0)
+    values = torch.where(comparable, to_positive(centered, scored, options.strength, **parameters), 1.0)
     weights = torch.where(
         comparable, choose("renormalization", options.renormalization, _RENORMALIZATIONS)(values, masks), 1.0
     )

@@ -1,11 +1,12 @@
 """What several test files compare, convert and differentiate in the same way."""
 
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
 from srpo_core import SRPOConfig
+from srpo_core.checked import kinds_of, names_of
 from srpo_core.surrogates import CISPO, GSPO, SAPO, Clip, GSPOToken, Surrogate
 
 
@@ -54,8 +55,8 @@ _HINTS = get_type_hints(SRPOConfig)
 def another_value(name: str) -> dict[str, Any]:
     """A value of an option of the core that is not its default, and beside it what has to be set to have it read."""
     each, hint = _FIELDS[name], _HINTS[name]
-    kinds = (hint, *get_args(hint))
-    if names := next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None):
+    kinds = kinds_of(hint)
+    if names := names_of(hint):
         value = next(other for other in names if other != each.default)
     elif any(get_origin(kind) is tuple for kind in kinds):
         value = (f"<{name}>", f"</{name}>")

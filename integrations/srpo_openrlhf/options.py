@@ -4,10 +4,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_origin, get_type_hints
 
 from srpo_core import SRPOConfig
+from srpo_core.checked import kinds_of, names_of
 from srpo_core.options import adapter_options
 
 __all__ = ["ENVIRONMENT_VARIABLE", "ROLLOUTS_VARIABLE", "dump_config", "load_config", "option_parser", "parse_options"]
@@ -84,12 +85,11 @@ def load_config() -> SRPOConfig:
 
 def _argument(annotation: Any) -> dict[str, Any]:
     """Number, type and choices of an option's values, read off its annotation."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            return {"choices": get_args(kind)}
-        if get_origin(kind) is tuple:  # a pair of tags; none at all where these may be left out
-            return {"nargs": "*" if NoneType in kinds else 2, "metavar": "TAG"}
+    if names := names_of(annotation):
+        return {"choices": names}
+    kinds = kinds_of(annotation)
+    if any(get_origin(kind) is tuple for kind in kinds):  # a pair of tags; none at all where these may be left out
+        return {"nargs": "*" if NoneType in kinds else 2, "metavar": "TAG"}
     kind = next(kind for kind in kinds if kind is not NoneType)
     return {"type": kind, "metavar": kind.__name__.upper()}
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, make_dataclass
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_origin, get_type_hints
 
 from trl import GRPOConfig
 
 import srpo_core
+from srpo_core.checked import kinds_of
 from srpo_core.options import adapter_options
 from srpo_trl.upstream import trl_is
 
@@ -18,7 +18,7 @@ _TYPES = get_type_hints(srpo_core.SRPOConfig)
 
 def _flat(name: str, option: Field[Any]) -> tuple[str, Any, Any]:
     """An option of the core as a field that TRL's parser can read: tags are a list, and functions go by their names."""
-    kinds = get_args(_TYPES[name]) if get_origin(_TYPES[name]) in (Union, UnionType) else (_TYPES[name],)
+    kinds = kinds_of(_TYPES[name])
     metadata = {"help": option.metadata["help"]}  # no more than this: the parser gives all of it to argparse
     if any(get_origin(kind) is tuple for kind in kinds):
         tags: Any = option.default or ()

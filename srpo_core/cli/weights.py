@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import typer
 from rich.text import Text
 
-from srpo_core.checked import OptionError
+from srpo_core.checked import OptionError, names_of
 from srpo_core.cli.reading import DEFAULT_WORKERS, Files, Strict, Workers, finish, progress_bar, summarize
 from srpo_core.cli.terminal import out, stop, table
 from srpo_core.diagnostics import ROLE_NAMES
@@ -32,8 +32,7 @@ def _offered() -> dict[str, tuple[Field[Any], Any]]:
         hints = get_type_hints(group)
         for each in fields(group):
             if each.name in names:
-                kinds = (hints[each.name], *get_args(hints[each.name]))
-                choices = SERVED.get(each.name) or next((get_args(k) for k in kinds if get_origin(k) is Literal), None)
+                choices = SERVED.get(each.name) or names_of(hints[each.name])
                 offered[each.name] = each, Literal[choices] if choices else hints[each.name]
     return offered
 
