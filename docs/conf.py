@@ -64,7 +64,8 @@ def _row(each: dataclasses.Field, hint: object) -> tuple[str, str, str]:
     if (read_by := each.metadata["read_by"]) is not None:
         sentences.append(f"Read by `{read_by.option}` {', '.join(f'`{value}`' for value in read_by.values)}.")
     default = each.default if isinstance(each.default, tuple) else (each.default,)
-    shown = " ".join(f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`" for value in default)
+    words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in default)
+    shown = " ".join(f"`{word}`" if word else '`""`' for word in words)
     return f"`{each.name}`", shown, " ".join(filter(None, sentences))
 
 

@@ -19,6 +19,7 @@ from srpo_core.losses import LossOutput, aggregate, grpo_loss, kl_penalty
 from srpo_core.options import ContextOptions, CreditOptions, LossOptions, SRPOConfig
 from srpo_core.output_layer import OutputLayer
 from srpo_core.pixel_values import corrupt_pixel_values
+from srpo_core.prompting import extract_answer, format_reward, system_prompt
 from srpo_core.roles import Role, Segmentation, segment_responses, segment_roles
 from srpo_core.srpo import Credit, srpo_advantages, srpo_loss
 from srpo_core.tags import RoleTags
@@ -44,6 +45,8 @@ __all__ = [
     "corrupt_pixel_values",
     "counterfactual_responses",
     "credit",
+    "extract_answer",
+    "format_reward",
     "fused_linear_grpo_loss",
     "fused_linear_log_probs",
     "group_advantages",
@@ -57,6 +60,7 @@ __all__ = [
     "shared_baseline_weights",
     "srpo_advantages",
     "srpo_loss",
+    "system_prompt",
     "token_divergence",
     "token_log_probs",
     "visual_dependency",

@@ -5,7 +5,8 @@ other views have to be scored, scores each by its own forward pass, and gives th
 two calls because planning may happen in another process than scoring.
 """
 
-import logging
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +19,9 @@ from srpo_core.diagnostics import credit_diagnostics
 from srpo_core.masking import masked_mean
 from srpo_core.options import ContextOptions, SRPOConfig
 from srpo_core.reliance import SpanCounterfactuals, span_counterfactuals
-from srpo_core.roles import Segmentation, segment_responses
+from srpo_core.roles import Segmentation, ending_ids, segment_responses
 from srpo_core.srpo import Credit, srpo_advantages
-from srpo_core.tags import BrokenReason
+from srpo_core.tags import Kind, open_block
 from srpo_core.token_text import TokenizerLike
 from srpo_core.typechecking import typechecked
 from srpo_core.weights import ScaleState
@@ -29,15 +30,16 @@ __all__ = [
     "Plan",
     "RolloutBatch",
     "View",
-    "check_first_batch",
     "credit",
     "ending_ids",
     "logged",
     "plan",
+    "prompt_id",
     "record",
 ]
 
-logger = logging.getLogger("srpo_core")
+#: The kinds of block that a response may begin inside of, by their code in :attr:`RolloutBatch.open_at_start`.
+OPEN_BLOCKS: tuple[Kind | None, ...] = (None, "perception", "reasoning", "answer")
 
 
 class RolloutBatch(NamedTuple):
@@ -47,8 +49,9 @@ class RolloutBatch(NamedTuple):
         token_ids: Sampled tokens, right-padded; or whole sequences, if `attended` says so.
         mask: True at the tokens the policy sampled.
         segmentation: What each token does.
-        group_ids: Equal where responses answer the same prompt.
+        group_ids: Equal where responses answer the same prompt; best from :func:`prompt_id`.
         attended: True at all tokens that are context or sampled, where `token_ids` hold prompts too. None: `mask`.
+        open_at_start: The block that each prompt left open, as its place in :data:`OPEN_BLOCKS`; None: none did.
     """
 
     token_ids: Int[Tensor, "batch time"]
@@ -56,6 +59,7 @@ class RolloutBatch(NamedTuple):
     segmentation: Segmentation
     group_ids: Int[Tensor, " batch"]
     attended: Bool[Tensor, "batch time"] | None = None
+    open_at_start: Int[Tensor, " batch"] | None = None
 
     @staticmethod
     def of(
@@ -65,6 +69,7 @@ class RolloutBatch(NamedTuple):
         options: ContextOptions,
         *,
         group_ids: Int[Tensor, " batch"],
+        prompt_ends: Sequence[str] | None = None,
         ending: Sequence[int] | None = None,
         attended: Bool[Tensor, "batch time"] | None = None,
     ) -> "RolloutBatch":
@@ -75,37 +80,73 @@ class RolloutBatch(NamedTuple):
             mask: True at the tokens the policy sampled.
             tokenizer: Anything with ``decode(list_of_ids) -> str``.
             options: The tags, and what answers count as.
-            group_ids: Equal where responses answer the same prompt.
-            ending: Ids that end a response, from :func:`ending_ids`; None: the tokenizer's own.
+            group_ids: Equal where responses answer the same prompt; best from :func:`prompt_id`.
+            prompt_ends: The prompt of each response as text with its special tokens, or the end of it. Where it ends
+                in an opening tag, as many chat templates of thinking models do, the response begins inside that block.
+                None: all begin outside.
+            ending: Ids that end a response, from :func:`ending_ids`; None: those of the tokenizer.
             attended: True at context and sampled tokens, where `token_ids` hold prompts too. None: `mask`.
+
+        Raises:
+            ValueError: If there is not one of `prompt_ends` for each response.
         """
+        opened: list[Kind | None] | None = None
+        if prompt_ends is not None:
+            if len(prompt_ends) != len(token_ids):
+                raise ValueError(
+                    f"prompt_ends must have one text per response, {len(token_ids)}, got {len(prompt_ends)}"
+                )
+            opened = [open_block(end, options.tags) for end in prompt_ends]
         segmentation = segment_responses(
             token_ids,
             mask,
             tokenizer,
             tags=options.tags,
-            eos_token_id=ending_ids(tokenizer) if ending is None else ending,
+            eos_token_id=ending,
             answer_role=options.answer_role,
+            open_at_start=opened,
         )
-        return RolloutBatch(token_ids, mask, segmentation, group_ids, attended)
+        codes = None if opened is None else torch.tensor([OPEN_BLOCKS.index(kind) for kind in opened])
+        return RolloutBatch(
+            token_ids,
+            mask,
+            segmentation,
+            group_ids,
+            attended,
+            None if codes is None else codes.to(token_ids.device),
+        )
 
 
-def ending_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's, and those of the generation config, which engines obey.
+def prompt_id(prompt: Tensor, inputs: Mapping[str, Any] | None = None) -> int:
+    """A number that names a prompt and its images: the same in every process, batch, step and run.
+
+    It is the prompt's own, whatever its place in a batch: give it to :func:`~srpo_core.corrupt_images`, whose draw it
+    keys, and as `group_ids`. Of each input up to 4096 values, evenly spread, are read: enough to tell images apart.
+
+    Args:
+        prompt: Token ids without padding, [time].
+        inputs: What else the model sees of the prompt, by name, such as ``pixel_values``; only tensors are read.
+
+    Returns:
+        At least 0 and below 2**48, which every JSON reader keeps exact.
 
     Example:
-        >>> class Tokenizer: eos_token_id = 7
-        >>> class GenerationConfig: eos_token_id = [7, 9]
-        >>> ending_ids(Tokenizer(), GenerationConfig())
-        (7, 9)
+        >>> from srpo_core.batch import prompt_id
+        >>> one, other = torch.tensor([5, 6, 7]), torch.tensor([5, 6, 8])
+        >>> prompt_id(one) == prompt_id(one.clone()), prompt_id(one) == prompt_id(other)
+        (True, False)
     """
-    found: set[int] = set()
-    for source in (tokenizer, generation_config):
-        ids = getattr(source, "eos_token_id", None)
-        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
-    if not found:
-        raise ValueError("neither the tokenizer nor the generation config has an eos_token_id: pass the ids yourself")
-    return tuple(sorted(found))
+    digest = hashlib.blake2b(_bytes(prompt.long()), digest_size=6)
+    for name, values in sorted((inputs or {}).items()):
+        if isinstance(values, Tensor):
+            flat = values.detach().flatten()
+            digest.update(repr((name, tuple(values.shape))).encode())
+            digest.update(_bytes(flat[:: max(1, len(flat) // 4096)].double()))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().numpy().tobytes()
 
 
 class View(NamedTuple):
@@ -206,7 +247,7 @@ def credit(
     advantages: Float[Tensor, " batch"],
     step: int,
     image_counts: Int[Tensor, "batch 2"] | None = None,
-    correct: Bool[Tensor, " batch"] | None = None,
+    correct: Bool[Tensor, " batch"] | Int[Tensor, " batch"] | None = None,
     scale_state: ScaleState | None = None,
 ) -> Credit:
     """Token advantages of a rollout batch from the log-probs of its views, and every metric that is logged about them.
@@ -223,7 +264,7 @@ def credit(
         image_counts: Of each response the images of its prompt, and how many of these the corruption left as they were.
             A response without images depends on none: its contrast is 0, not the noise between two passes. None: all
             have images, and nobody counted.
-        correct: Whether each answer is right, for the metrics.
+        correct: Whether each answer is right, for the metrics: booleans, or 1, 0 and -1 for "not known".
         scale_state: For `scale` ``ema_rms``: that of the last result.
 
     Returns:
@@ -283,78 +324,21 @@ def credit(
         donors=donors,
         score_clip=options.score_clip,
     )
-    metrics["advantage/zero"] = masked_mean((advantages == 0).to(made.weights.dtype), batch.mask.any(1))
+    is_zero = (advantages == 0).to(made.weights.dtype)
+    metrics["advantage/zero"] = masked_mean(is_zero, batch.mask.any(1), empty=torch.nan)
     if image_counts is not None:
         images, unchanged = image_counts.sum(0)
-        metrics["corruption/unchanged"] = unchanged / images.clamp(min=1)
+        metrics["corruption/unchanged"] = unchanged / images  # NaN without images
     return made._replace(metrics=metrics, donors=donors)
 
 
-def check_first_batch(
-    batch: RolloutBatch,
-    options: SRPOConfig,
-    *,
-    prompts: Sequence[str],
-    image_counts: Int[Tensor, "batch 2"] | None = None,
-    named: str = "{}",
-) -> None:
-    """Look at the first rollout batch of a run for settings under which SRPO can do nothing.
-
-    Later batches are only counted in the metrics: what a model does must not stop its training.
-
-    Args:
-        batch: The responses.
-        options: Which tags are expected, and how images are corrupted.
-        prompts: Some prompts as text, special tokens and all.
-        image_counts: Of each response its images, and how many the corruption left as they were.
-        named: How the user writes an option's name, with ``{}`` where the name goes: ``"srpo_{}"``.
-
-    Raises:
-        ValueError: If a prompt ends inside a block, no response has a role although no prompt asks for the tags, or the
-            corruption changed no image. If the prompts do ask it only warns, because the model may learn to answer so,
-            and likewise if no prompt has an image.
-    """
-
-    def option(name: str) -> str:
-        return named.replace("{}", name)
-
-    tags = options.tags
-    for opening, _ in tags.pairs.values():
-        if any(prompt.rstrip().endswith(opening) for prompt in prompts):
-            raise ValueError(
-                f"the chat template ends the prompt with {opening!r}, so that responses begin inside a block whose "
-                "opening tag they lack and all count as broken: take the tag out of the template's generation prompt"
-            )
-    if image_counts is not None:
-        images, unchanged = image_counts.sum(0).tolist()
-        if images == 0:
-            logger.warning("SRPO: no prompt of the first batch has an image, so no token can depend on one")
-        elif images == unchanged:
-            raise ValueError(
-                f"{option('corruption')}={options.corruption!r} left all {images} images of the first batch as they "
-                f"were, so no token can depend on them: raise {option('corruption_amount')}, or choose another kind"
-            )
-    if options.changes_nothing or (batch.segmentation.broken == int(BrokenReason.NONE)).any():
-        return
-    structure = "".join(f"{opening}...{closing}" for opening, closing in tags.pairs.values())
-    reasons = ", ".join(
-        f"{count} {BrokenReason(reason).name.lower()}"
-        for reason, count in zip(
-            *(x.tolist() for x in batch.segmentation.broken.unique(return_counts=True)), strict=True
-        )
-    )
-    found = f"no response of the first batch has the structure {structure} ({reasons})"
-    if not any(tags.perception[0] in prompt for prompt in prompts):
-        raise ValueError(
-            f"{found}, and the prompts do not ask for it: name the tags in a system message, train on demonstrations "
-            f"first, or set {', '.join(option(f'{kind}_tags') for kind in ('perception', 'reasoning', 'answer'))} to "
-            "your own"
-        )
-    logger.warning("SRPO: %s, so all weights are 1 until the model answers as the prompts ask", found)
-
-
 def record(
-    batch: RolloutBatch, credited: Credit, *, advantages: Tensor, rows: Sequence[int] | None = None
+    batch: RolloutBatch,
+    credited: Credit,
+    *,
+    advantages: Tensor,
+    correct: Tensor | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """What every trainer writes of a batch: arguments for :meth:`~srpo_core.rollouts.RolloutWriter.write`.
 
@@ -362,6 +346,7 @@ def record(
         batch: The responses.
         credited: From :func:`credit`.
         advantages: One per response.
+        correct: Whether each answer is right, as :func:`credit` takes it; None: not known.
         rows: Which responses; None: all.
     """
     roles, broken, _ = batch.segmentation
@@ -379,13 +364,23 @@ def record(
         "group_ids": batch.group_ids,
         "donors": credited.donors,
     }
-    if rows is None:
-        return values
-    return {name: None if value is None else value[list(rows)] for name, value in values.items()}
+    # What is not known is left out, so that it may be given beside what is here.
+    codes = {"correct": (correct, (False, True, None)), "open_at_start": (batch.open_at_start, OPEN_BLOCKS)}
+    written = {
+        name: [spelled[code] for code in given.long().tolist()]
+        for name, (given, spelled) in codes.items()
+        if given is not None
+    }
+    if rows is not None:
+        values = {name: None if value is None else value[list(rows)] for name, value in values.items()}
+        written = {name: [value[row] for row in rows] for name, value in written.items()}
+    return values | written
 
 
 def logged(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Metrics as numbers under the names that every trainer logs, ``srpo/weight/perception/mean``; waits once.
+
+    What is NaN, because the batch has nothing of it, is left out.
 
     Example:
         >>> from srpo_core.batch import logged
@@ -393,4 +388,4 @@ def logged(metrics: Mapping[str, Tensor]) -> dict[str, float]:
         {'srpo/advantage/zero': 0.5}
     """
     values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
-    return {f"srpo/{name}": value for name, value in zip(metrics, values, strict=True)}
+    return {f"srpo/{name}": value for name, value in zip(metrics, values, strict=True) if not math.isnan(value)}

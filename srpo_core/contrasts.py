@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import at_least_float32, no_nan_where_real
+from srpo_core.masking import at_least_float32, log_probs_where_real, log_ratio_of, saturated
 from srpo_core.options import ContrastKind, CreditOptions
 from srpo_core.roles import check_roles, role_masks
 from srpo_core.typechecking import typechecked
@@ -15,7 +15,7 @@ __all__ = ["clip_divergence", "contrast", "perception_consistency", "visual_depe
 _CLIP = CreditOptions.range_of("score_clip")
 
 
-@typechecked(values=(check_roles, no_nan_where_real("log_probs", "corrupted_log_probs")))
+@typechecked(values=(check_roles, log_probs_where_real("log_probs", "corrupted_log_probs")))
 def visual_dependency(
     log_probs: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -31,9 +31,9 @@ def visual_dependency(
         \delta_t = \log \pi(o_t \mid q, I, o_{<t}) - \log \pi(o_t \mid q, \tilde I, o_{<t})
 
     ``positive`` is :math:`\max(\delta_t, 0)`, ``abs`` :math:`|\delta_t|` and ``k3``
-    :math:`e^{-\delta_t} + \delta_t - 1`, each clipped in the same way. Where both contexts exclude the token
-    (:math:`-\infty` twice) the score is 0. For a divergence of the full distributions use
-    :func:`~srpo_core.token_divergence` and pass it on as the score.
+    :math:`e^{-\delta_t} + \delta_t - 1`, each clipped in the same way. Where both contexts bar the token
+    (:math:`-\infty`) :math:`\delta_t` is 0, where one does :math:`\pm 20`. For a divergence of the full distributions
+    use :func:`~srpo_core.token_divergence` and pass it on as the score.
 
     Both sides must come from one code path (engine, dtype, temperature, micro-batching) in eval mode: an inference
     engine's log-probs differ from the trainer's by more than many contrasts do.
@@ -51,7 +51,7 @@ def visual_dependency(
 
     Raises:
         ValueError: If `kind` is unknown or `clip` out of range; outside ``torch.compile`` also if a role is outside
-            the enum or a log-prob of a real token is NaN, for which the tensors are read on the host.
+            the enum or a log-prob of a real token is NaN or plus infinity, for which the tensors are read on the host.
 
     Example:
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.REASONING]])
@@ -65,7 +65,7 @@ def visual_dependency(
     return contrast(log_probs, corrupted_log_probs, role_masks(roles, mask).perception, kind=kind, clip=clip)
 
 
-@typechecked(values=(check_roles, no_nan_where_real("log_probs", "counterfactual_log_probs")))
+@typechecked(values=(check_roles, log_probs_where_real("log_probs", "counterfactual_log_probs")))
 def perception_consistency(
     log_probs: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -111,18 +111,13 @@ def contrast(log_probs: Tensor, other_log_probs: Tensor, where: Tensor, *, kind:
     """The clipped contrast where `where`, 0 elsewhere."""
     _CLIP.check("clip", clip)
     score = choose("kind", kind, {"log_ratio": _log_ratio, "positive": _positive, "abs": torch.abs, "k3": _k3})
-    dtype = at_least_float32(torch.promote_types(log_probs.dtype, other_log_probs.dtype))
-    log_probs, other_log_probs = log_probs.detach().to(dtype), other_log_probs.detach().to(dtype)
-    # (-inf) - (-inf) is NaN; a token that neither context allows depends on neither.
-    comparable = where & ~((log_probs == -torch.inf) & (other_log_probs == -torch.inf))
-    log_ratio = torch.where(comparable, log_probs - other_log_probs, 0.0)
-    return score(log_ratio).clamp(-clip, clip)
+    return score(log_ratio_of(log_probs.detach(), other_log_probs.detach(), where)).clamp(-clip, clip)
 
 
 def clip_divergence(divergence: Tensor, where: Tensor, *, clip: float) -> Tensor:
-    """A divergence of full distributions as a score: clipped where `where`, 0 elsewhere."""
+    """A divergence of full distributions as a score: clipped where `where`, 0 elsewhere; an infinite one is 20 nats."""
     divergence = divergence.detach().to(at_least_float32(divergence.dtype))
-    return torch.where(where, divergence, 0.0).clamp(-clip, clip)
+    return torch.where(where, saturated(divergence), 0.0).clamp(-clip, clip)
 
 
 def _log_ratio(log_ratio: Tensor) -> Tensor:
@@ -134,6 +129,6 @@ def _positive(log_ratio: Tensor) -> Tensor:
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    # expm1 keeps the precision that exp - 1 loses near 0; infinities would meet as inf - inf.
+    # expm1 keeps the precision that exp - 1 loses near 0, and e^80 is a finite float32.
     log_ratio = log_ratio.clamp(-80.0, 80.0)
     return torch.expm1(-log_ratio) + log_ratio

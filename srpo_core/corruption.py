@@ -26,9 +26,8 @@ one frame hides, the next does not give away. ``other_image`` draws nothing; wha
 
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +37,13 @@ from torch import Generator, Tensor
 
 from srpo_core.checked import choose
 from srpo_core.options import AMOUNTS, CorruptionKind, problem_of_amount
+from srpo_core.processor_values import Sides, sides
 from srpo_core.typechecking import typechecked
 
-__all__ = ["Key", "Levels", "Recipe", "concatenate", "corrupt_images", "corrupt_views", "keys_of", "needs_levels"]
+__all__ = [
+    "Key", "Levels", "Recipe", "corrupt_images", "corrupt_views", "distinct", "have_changed", "hidden_cells", "keys_of",
+    "needs_levels", "paints", "refuse_unchanged",
+]  # fmt: skip
 
 
 @typechecked
@@ -51,7 +54,7 @@ def corrupt_images(
     image_index: Int[Tensor, " batch"] | None = None,
     kind: CorruptionKind = "patch_mask",
     amount: float | None = None,
-    patch_size: int = 14,
+    patch_size: Any = 14,
     unchanged: Literal["raise", "keep"] = "raise",
     seed: int = 0,
     step: int = 0,
@@ -67,7 +70,8 @@ def corrupt_images(
         kind: The corruption, see the module's table.
         amount: How much of it, in the kind's own unit, see the table. None: the kind's default.
         patch_size: Side of a patch in pixels (``patch_mask``, ``patch_shuffle``): what one token of the language model
-            sees. Patches at the right and bottom border may be cut off; ``patch_shuffle`` leaves those in place.
+            sees. One number, or height and width in any form in which configs hold them. Patches at the right and
+            bottom border may be cut off; ``patch_shuffle`` leaves those in place.
         unchanged: What to do when an image of more than one color comes out as it went in: all masked patches were
             black already, it is a single patch, or the batch holds no other image for ``other_image``. "keep" accepts
             it; its contrast is then 0.
@@ -100,8 +104,13 @@ def corrupt_images(
         )
     keys = keys_of(prompt_ids, image_index)
     levels = Levels(torch.tensor(0.0), torch.tensor(1.0 if images.is_floating_point() else 255.0))
-    recipe = Recipe(kind, amount, patch_size, unchanged, seed, step)
-    return concatenate(corrupt_views(list(images.detach()[:, None]), keys, levels, recipe), like=images)
+    recipe = Recipe.of(kind, amount, sides("patch_size", patch_size), unchanged, seed, step)
+    pixels = images.detach()
+    result = torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    views = list(pixels[:, None])
+    moved = corrupt_views(views, list(result[:, None]), keys, levels, recipe)
+    refuse_unchanged(recipe, ((image, views[image]) for image, has_moved in enumerate(moved) if not has_moved))
+    return result
 
 
 class Key(NamedTuple):
@@ -113,14 +122,34 @@ class Key(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What the caller chose, unchecked."""
+    """What the caller chose, checked, with the amount filled in."""
 
     kind: str
-    amount: float | None
-    patch_size: int
+    amount: float
+    patch: Sides
     unchanged: str
     seed: int
     step: int
+
+    @classmethod
+    def of(cls, kind: str, amount: float | None, patch: Sides, unchanged: str, seed: int, step: int) -> "Recipe":
+        if kind == "none":
+            raise ValueError(
+                "kind='none' is a pass without any image, which no pixel tensor can express: build the prompt without "
+                "its image placeholders and call the model without pixel_values, or choose 'gray' for a blank image"
+            )
+        choose("kind", kind, {**_PAINTS, **_KINDS})
+        choose("unchanged", unchanged, {"raise": None, "keep": None})
+        if (problem := problem_of_amount(kind, amount)) is not None:
+            raise ValueError(f"amount {problem}")
+        if amount is None:
+            amount = AMOUNTS[kind][0] if kind in AMOUNTS else 0.0
+        return cls(kind, amount, patch, unchanged, seed, step)
+
+    def generator(self, key: Key) -> Generator:
+        # Hashed, not added: seed 0 at step 1 must not repeat seed 1 at step 0.
+        digest = hashlib.blake2b(repr((self.seed, self.step, *key)).encode(), digest_size=8).digest()
+        return Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class Levels(NamedTuple):
@@ -129,70 +158,115 @@ class Levels(NamedTuple):
     black: Tensor
     white: Tensor
 
+    def like(self, pixels: Tensor) -> "Levels":
+        """On the pixels' device, in at least float32."""
+        dtype = torch.promote_types(pixels.dtype, torch.float32)
+        return Levels(self.black.to(pixels.device, dtype), self.white.to(pixels.device, dtype))
+
+    def paint(self, kind: str, pixels: Tensor) -> Tensor:
+        """What the kind paints with, in the dtype of the pixels."""
+        black, white = self.like(pixels)
+        return _rounded((black + white) / 2 if kind == "gray" else black, pixels)
+
 
 def keys_of(prompt_ids: Tensor, image_index: Tensor | None) -> list[Key]:
     index = torch.zeros_like(prompt_ids) if image_index is None else image_index
     return [Key(prompt, image, 0) for prompt, image in zip(prompt_ids.tolist(), index.tolist(), strict=True)]
 
 
-def _generator(seed: int, step: int, key: Key) -> Generator:
-    # Hashed, not added: seed 0 at step 1 must not repeat seed 1 at step 0.
-    digest = hashlib.blake2b(repr((seed, step, *key)).encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "little"))
+def distinct(parts: Sequence[Tensor], labels: Sequence[Hashable]) -> list[int]:
+    """Of each part the first one with its label and its values: the rollouts of a prompt show one image."""
+    firsts: dict[Hashable, list[int]] = {}
+    found = []
+    for at, (part, label) in enumerate(zip(parts, labels, strict=True)):
+        known = firsts.setdefault(label, [])
+        first = next((first for first in known if torch.equal(parts[first], part)), at)
+        if first == at:
+            known.append(at)
+        found.append(first)
+    return found
 
 
-def concatenate(views: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(views) if views else like.clone()
+def have_changed(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[bool]:
+    """Of each pair whether it differs anywhere; on a CPU read up to the first difference only."""
+    pairs = list(zip(before, after, strict=True))
+    if all(each.device.type == "cpu" for each in before):
+        return [not torch.equal(*pair) for pair in pairs]
+    return torch.stack([(one != other).any() for one, other in pairs]).tolist()  # one wait, not one for each
 
 
-def corrupt_views(views: Sequence[Tensor], keys: Sequence[Key], levels: Levels, recipe: Recipe) -> list[Tensor]:
-    """The one implementation: views of shape [frame, channel, height, width], of any sizes, to the same."""
-    kind, amount, patch_size, unchanged, seed, step = recipe
-    if kind == "none":
+def hidden_cells(rows: int, columns: int, key: Key, recipe: Recipe) -> Tensor:
+    """Which cells of a grid a painting kind hides, bool [rows, columns], on the CPU."""
+    if recipe.kind != "patch_mask":
+        return torch.ones(rows, columns, dtype=torch.bool)
+    order = torch.randperm(rows * columns, generator=recipe.generator(key))
+    return (order < max(1, round(recipe.amount * len(order)))).reshape(rows, columns)
+
+
+def corrupt_views(
+    views: Sequence[Tensor], targets: Sequence[Tensor], keys: Sequence[Key], levels: Levels, recipe: Recipe
+) -> list[bool]:
+    """The one implementation for views of shape [frame, channel, height, width], of any sizes.
+
+    Args:
+        views: Real pixels only; all frames of a view share a draw.
+        targets: Where to write, of the views' shapes.
+        keys: Of each view.
+        levels: Black and white.
+        recipe: What to do.
+
+    Returns:
+        Of each view whether it changed.
+    """
+    if paints(recipe.kind):
+        drawn: dict[Hashable, Tensor] = {}
+        for view, target, key in zip(views, targets, keys, strict=True):
+            if (key, view.shape) not in drawn:
+                drawn[key, view.shape] = _hidden_pixels(view, key, recipe).to(view.device)
+            torch.where(drawn[key, view.shape], levels.paint(recipe.kind, view), view, out=target)
+        return have_changed(views, targets)
+    # Painting costs no more than a comparison; everything else is done once for equal images.
+    firsts = distinct(views, [(key, view.shape) for key, view in zip(keys, views, strict=True)])
+    for at, (first, view, target) in enumerate(zip(firsts, views, targets, strict=True)):
+        if first != at:
+            target.copy_(targets[first])
+            continue
+        donor = _donor(at, keys, views) if recipe.kind == "other_image" else view
+        pixels = view.to(torch.promote_types(view.dtype, torch.float32))
+        settings = _Settings(*levels.like(view), recipe.amount, recipe.patch, recipe.generator(keys[at]), donor)
+        target.copy_(_rounded(_KINDS[recipe.kind](pixels, settings), view))
+    return have_changed(views, targets)
+
+
+def refuse_unchanged(recipe: Recipe, still: Iterable[tuple[int, Tensor]]) -> None:
+    """Raise if images may not stay as they were: a no-op must not pass for "the image did not matter".
+
+    Args:
+        recipe: Whether they may.
+        still: Those that did: which image, and it as [frame, channel, height, width].
+    """
+    if recipe.unchanged == "keep":
+        return
+    # An image of one color has nothing that could go.
+    same = sorted({image for image, view in still if (view != view[:1, :, :1, :1]).any()})
+    if same:
         raise ValueError(
-            "kind='none' is a pass without any image, which no pixel tensor can express: build the prompt without its "
-            "image placeholders and call the model without pixel_values, or choose 'gray' for a blank image"
+            f"kind={recipe.kind!r} left images {same} as they were: "
+            "raise amount, lower patch_size, choose another kind, give 'other_image' a batch with several "
+            'prompts, or accept a contrast of 0 with unchanged="keep"'
         )
-    act = choose("kind", kind, _KINDS)
-    choose("unchanged", unchanged, {"raise": None, "keep": None})
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-    if (problem := problem_of_amount(kind, amount)) is not None:
-        raise ValueError(f"amount {problem}")
-    if amount is None:
-        amount = AMOUNTS[kind][0] if kind in AMOUNTS else 0.0
 
-    groups: dict[tuple[Key, torch.Size], list[int]] = defaultdict(list)
-    for row, (key, view) in enumerate(zip(keys, views, strict=True)):
-        groups[key, view.shape].append(row)
-    corrupted = list(views)
-    moved: list[Tensor] = [torch.empty(0)] * len(views)
-    for (key, _), rows in groups.items():
-        stack = torch.stack([views[row] for row in rows])
-        dtype = torch.promote_types(stack.dtype, torch.float32)
-        settings = _Settings(
-            black=levels.black.to(stack.device, dtype),
-            white=levels.white.to(stack.device, dtype),
-            amount=amount,
-            patch_size=patch_size,
-            generator=_generator(seed, step, key),
-            donor=_donor(rows[0], keys, views) if kind == "other_image" else stack[0],
-        )
-        result = act(stack.to(dtype), settings)
-        result = result.to(stack.dtype) if stack.is_floating_point() else result.round().clamp(0, 255).to(stack.dtype)
-        for row, view, has_moved in zip(rows, result, (result != stack).flatten(1).any(1), strict=True):
-            corrupted[row], moved[row] = view, has_moved
-    if unchanged == "raise" and moved and not torch.stack(moved).all():
-        # A no-op must not pass for "the image did not matter". An image of one color has nothing that could go.
-        colorful = [row for row, view in enumerate(views) if (view != view[:1, :, :1, :1]).any()]
-        same = [row for row in colorful if not moved[row]]
-        if same:
-            raise ValueError(
-                f"kind={kind!r} left images {same} as they were: "
-                "raise amount, lower patch_size, choose another kind, give 'other_image' a batch with several "
-                'prompts, or accept a contrast of 0 with unchanged="keep"'
-            )
-    return corrupted
+
+def _rounded(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype) if like.is_floating_point() else values.round().clamp(0, 255).to(like.dtype)
+
+
+def _hidden_pixels(view: Tensor, key: Key, recipe: Recipe) -> Tensor:
+    height, width = view.shape[-2:]
+    rows, columns = -(-height // recipe.patch.height), -(-width // recipe.patch.width)
+    cells = hidden_cells(rows, columns, key, recipe)
+    hidden = repeat(cells, "row column -> (row ph) (column pw)", ph=recipe.patch.height, pw=recipe.patch.width)
+    return hidden[:height, :width]
 
 
 def _donor(row: int, keys: Sequence[Key], views: Sequence[Tensor]) -> Tensor:
@@ -212,33 +286,16 @@ class _Settings(NamedTuple):
     black: Tensor
     white: Tensor
     amount: float
-    patch_size: int
+    patch: Sides
     generator: Generator
     donor: Tensor
 
 
-# From here on, images are [row, frame, channel, height, width]; all rows and frames share one draw.
-
-
-def _patch_mask(images: Tensor, settings: _Settings) -> Tensor:
-    height, width, side = *images.shape[-2:], settings.patch_size
-    rows, columns = -(-height // side), -(-width // side)
-    order = torch.randperm(rows * columns, generator=settings.generator)
-    hidden = order < max(1, round(settings.amount * len(order)))
-    hidden = repeat(hidden, "(row column) -> (row ph) (column pw)", row=rows, ph=side, pw=side)
-    return torch.where(hidden[:height, :width].to(images.device), settings.black, images)
-
-
-def _black(images: Tensor, settings: _Settings) -> Tensor:
-    return settings.black.expand_as(images).clone()
-
-
-def _gray(images: Tensor, settings: _Settings) -> Tensor:
-    return ((settings.black + settings.white) / 2).expand_as(images).clone()
+# From here on, images are [frame, channel, height, width]; all frames share one draw.
 
 
 def _noise(images: Tensor, settings: _Settings) -> Tensor:
-    noise = torch.randn(images.shape[2:], generator=settings.generator).to(images)
+    noise = torch.randn(images.shape[1:], generator=settings.generator).to(images)
     noisy = images + settings.amount * (settings.white - settings.black) * noise
     return noisy.clamp(settings.black, settings.white)
 
@@ -260,14 +317,14 @@ def _blur_matrix(size: int, sigma: float) -> Tensor:
 def _pixelate(images: Tensor, settings: _Settings) -> Tensor:
     height, width = images.shape[-2:]
     block = (min(int(settings.amount), height), min(int(settings.amount), width))
-    means = F.avg_pool2d(images.flatten(0, 1), block, ceil_mode=True)  # blocks cut off at the border: mean of the rest
-    blocks = repeat(means, "image channel h w -> image channel (h bh) (w bw)", bh=block[0], bw=block[1])
-    return blocks[..., :height, :width].reshape(images.shape)
+    means = F.avg_pool2d(images, block, ceil_mode=True)  # blocks cut off at the border: mean of the rest
+    blocks = repeat(means, "frame channel h w -> frame channel (h bh) (w bw)", bh=block[0], bw=block[1])
+    return blocks[..., :height, :width]
 
 
 def _patch_shuffle(images: Tensor, settings: _Settings) -> Tensor:
-    side = settings.patch_size
-    rows, columns = (size // side for size in images.shape[-2:])
+    high, wide = settings.patch
+    rows, columns = images.shape[-2] // high, images.shape[-1] // wide
     order = torch.randperm(rows * columns, generator=settings.generator)
     moving = order[: round(settings.amount * len(order))]
     if len(moving) < 2:
@@ -276,25 +333,24 @@ def _patch_shuffle(images: Tensor, settings: _Settings) -> Tensor:
     source = torch.arange(len(order))
     source[moving] = moving.roll(1)
     result = images.clone()
-    whole = result[..., : rows * side, : columns * side]
+    whole = result[..., : rows * high, : columns * wide]
     patches = rearrange(
-        whole, "row frame channel (h ph) (w pw) -> (h w) row frame channel ph pw", ph=side, pw=side
+        whole, "frame channel (h ph) (w pw) -> (h w) frame channel ph pw", ph=high, pw=wide
     )[source.to(images.device)]  # fmt: skip
-    whole.copy_(rearrange(patches, "(h w) row frame channel ph pw -> row frame channel (h ph) (w pw)", h=rows))
+    whole.copy_(rearrange(patches, "(h w) frame channel ph pw -> frame channel (h ph) (w pw)", h=rows))
     return result
 
 
 def _other_image(images: Tensor, settings: _Settings) -> Tensor:
-    donor, frames = settings.donor.to(images), images.shape[1]
+    donor, frames = settings.donor.to(images), len(images)
     if donor.shape[-2:] != images.shape[-2:]:
         donor = F.interpolate(donor, images.shape[-2:], mode="bilinear", antialias=True)
-    return donor[torch.arange(frames) % len(donor)].expand_as(images).clone()
+    return donor[torch.arange(frames, device=donor.device) % len(donor)]
 
 
+# These put one color over some of the patches and leave the others: nothing has to be computed for a pixel.
+_PAINTS = dict.fromkeys(("patch_mask", "black", "gray"))
 _KINDS: dict[str, Callable[[Tensor, _Settings], Tensor]] = {
-    "patch_mask": _patch_mask,
-    "black": _black,
-    "gray": _gray,
     "noise": _noise,
     "blur": _blur,
     "pixelate": _pixelate,
@@ -303,6 +359,11 @@ _KINDS: dict[str, Callable[[Tensor, _Settings], Tensor]] = {
 }
 
 
+def paints(kind: str) -> bool:
+    """Whether a kind of corruption puts one color over some patches."""
+    return kind in _PAINTS
+
+
 def needs_levels(kind: str) -> bool:
     """Whether a kind of corruption has to know which values are black and white."""
-    return kind in ("patch_mask", "black", "gray", "noise")
+    return paints(kind) or kind == "noise"

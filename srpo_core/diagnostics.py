@@ -35,6 +35,7 @@ Answer = Literal["right", "wrong"]
 # A tuple: older versions of torch.compile cannot iterate over the enum.
 _REASONS = tuple(BrokenReason)
 _SCORE_CLIP = CreditOptions.range_of("score_clip")
+_ABSENT = float("nan")  # what nothing was measured of: neither 0 nor 1
 
 #: Below this :func:`interference` there is nothing to be gained by weights: stay with GRPO. Above, there may be.
 INTERFERENCE_MATTERS = 0.1
@@ -53,8 +54,9 @@ def credit_metrics(
 
     ``weight/{perception,reasoning}/{mean,min,max,mass}``: mass is the share of all weight on real tokens that the
     role holds. ``score/{perception,reasoning}/mean``: nats. ``structured/fraction``: responses in which some token
-    has a role that is weighted. With `broken`: ``broken/fraction``, and ``broken/<reason>`` for each reason. Without
-    tokens of a role its weights are reported as 1, its mass and score as 0.
+    has a role that is weighted. With `broken`: ``broken/fraction``, and ``broken/<reason>`` for each reason. A metric
+    of which the batch has nothing is NaN, such as the weights of a role without tokens;
+    :func:`~srpo_core.batch.logged` leaves it out.
 
     Args:
         weights: From :func:`~srpo_core.shared_baseline_weights`.
@@ -73,18 +75,24 @@ def credit_metrics(
     total = torch.where(mask, weights, 0.0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
     masks = role_masks(roles, mask)
     for name, where in zip(ROLE_NAMES.values(), masks, strict=True):
-        metrics[f"weight/{name}/mean"] = masked_mean(weights, where, empty=1.0)
-        metrics[f"weight/{name}/min"] = masked_min(weights, where, empty=1.0)
-        metrics[f"weight/{name}/max"] = masked_max(weights, where, empty=1.0)
-        metrics[f"weight/{name}/mass"] = torch.where(where, weights, 0.0).sum() / total
-        metrics[f"score/{name}/mean"] = masked_mean(scores.detach(), where)
+        metrics[f"weight/{name}/mean"] = masked_mean(weights, where, empty=_ABSENT)
+        metrics[f"weight/{name}/min"] = masked_min(weights, where, empty=_ABSENT)
+        metrics[f"weight/{name}/max"] = masked_max(weights, where, empty=_ABSENT)
+        metrics[f"weight/{name}/mass"] = torch.where(
+            mask.any(), torch.where(where, weights, 0.0).sum() / total, _ABSENT
+        )
+        metrics[f"score/{name}/mean"] = masked_mean(scores.detach(), where, empty=_ABSENT)
     real = mask.any(1)
-    metrics["structured/fraction"] = masked_mean(masks.scored().any(1).to(weights.dtype), real)
+
+    def share(of: Tensor) -> Tensor:
+        return masked_mean(of.to(weights.dtype), real, empty=_ABSENT)
+
+    metrics["structured/fraction"] = share(masks.scored().any(1))
     if broken is not None:
-        metrics["broken/fraction"] = masked_mean((broken != int(BrokenReason.NONE)).to(weights.dtype), real)
+        metrics["broken/fraction"] = share(broken != int(BrokenReason.NONE))
         for reason in _REASONS:
             if reason is not BrokenReason.NONE:
-                metrics[f"broken/{reason.name.lower()}"] = masked_mean((broken == int(reason)).to(weights.dtype), real)
+                metrics[f"broken/{reason.name.lower()}"] = share(broken == int(reason))
     return metrics
 
 
@@ -97,7 +105,7 @@ def credit_diagnostics(
     scores: Float[Tensor, "batch time"],
     broken: Int[Tensor, " batch"] | None = None,
     advantages: Float[Tensor, " batch"] | None = None,
-    correct: Bool[Tensor, " batch"] | None = None,
+    correct: Bool[Tensor, " batch"] | Int[Tensor, " batch"] | None = None,
     donors: Int[Tensor, " batch"] | None = None,
     log_probs: Float[Tensor, "batch time"] | None = None,
     repeated_log_probs: Float[Tensor, "batch time"] | None = None,
@@ -121,8 +129,7 @@ def credit_diagnostics(
     ``swap/coverage``                          share of responses with both roles that found a donor (with `donors`)
     ========================================== ==================================================================
 
-    Without tokens of a kind its weights are reported as 1, everything else as 0, the effective fraction and the
-    cosine as 1.
+    A metric of which the batch has nothing is NaN; :func:`~srpo_core.batch.logged` leaves it out.
 
     Args:
         weights: From :func:`~srpo_core.shared_baseline_weights`.
@@ -131,7 +138,7 @@ def credit_diagnostics(
         scores: Score of each token under its role, nats.
         broken: Why each response is malformed, :class:`~srpo_core.BrokenReason`.
         advantages: One per response.
-        correct: Whether each answer is right.
+        correct: Whether each answer is right: booleans, or 1, 0 and -1 for "not known".
         donors: From :func:`~srpo_core.counterfactual_responses`; -1: nobody's perception replaced this one.
         log_probs: Each token under its own context, nats; needed and read only with `repeated_log_probs`.
         repeated_log_probs: The same pass once more: what a contrast shows where nothing was changed.
@@ -162,40 +169,42 @@ def credit_diagnostics(
 
     scored_weights = torch.where(scored, weights, 0.0)
     square = scored_weights.square().sum() * scored.sum()
-    metrics["tokens/effective_fraction"] = torch.where(square > 0, scored_weights.sum().square() / square, 1.0)
+    metrics["tokens/effective_fraction"] = torch.where(square > 0, scored_weights.sum().square() / square, _ABSENT)
 
     subsets = {f"weight/{name}": tokens for name, tokens in where.items()}
     if correct is not None:
-        metrics["right/fraction"] = masked_mean(correct.to(dtype), mask.any(1))
-        for answer, rows in zip(get_args(Answer), (correct, ~correct), strict=True):
+        right, wrong = correct == 1, correct == 0
+        metrics["right/fraction"] = masked_mean(right.to(dtype), (right | wrong) & mask.any(1), empty=_ABSENT)
+        for answer, rows in zip(get_args(Answer), (right, wrong), strict=True):
             for name, tokens in where.items():
                 subsets[f"weight/{name}/{answer}"] = tokens & rows[:, None]
-                metrics[f"weight/{name}/{answer}/mean"] = masked_mean(weights, tokens & rows[:, None], empty=1.0)
-    metrics |= _quantiles(weights, subsets, empty=1.0)
-    metrics |= _quantiles(scores, {f"score/{name}": tokens for name, tokens in where.items()}, empty=0.0)
+                metrics[f"weight/{name}/{answer}/mean"] = masked_mean(weights, tokens & rows[:, None], empty=_ABSENT)
+    metrics |= _quantiles(weights, subsets)
+    metrics |= _quantiles(scores, {f"score/{name}": tokens for name, tokens in where.items()})
 
     noise = None
     if log_probs is not None and repeated_log_probs is not None:
         # Clipped like a score: one token that both passes exclude, -inf twice, must not hide all others.
         noise = contrast(log_probs, repeated_log_probs, scored, kind="log_ratio", clip=score_clip or torch.inf)
     for name, tokens in where.items():
-        metrics[f"tokens/{name}/fraction"] = masked_mean(tokens.to(dtype), mask)
+        metrics[f"tokens/{name}/fraction"] = masked_mean(tokens.to(dtype), mask, empty=_ABSENT)
         mean = masked_mean(scores, tokens)
-        metrics[f"score/{name}/std"] = masked_mean((scores - mean).square(), tokens).sqrt()
+        metrics[f"score/{name}/std"] = masked_mean((scores - mean).square(), tokens, empty=_ABSENT).sqrt()
         if score_clip is not None:
-            metrics[f"score/{name}/clipped"] = masked_mean((scores.abs() >= score_clip).to(dtype), tokens)
+            clipped = (scores.abs() >= score_clip).to(dtype)
+            metrics[f"score/{name}/clipped"] = masked_mean(clipped, tokens, empty=_ABSENT)
         if noise is not None:
-            rms = masked_mean(noise.to(dtype).square(), tokens).sqrt()
+            rms = masked_mean(noise.to(dtype).square(), tokens, empty=_ABSENT).sqrt()
             metrics[f"noise/{name}/rms"] = rms
-            metrics[f"noise/{name}/above"] = masked_mean((scores.abs() > 2 * rms).to(dtype), tokens)
+            metrics[f"noise/{name}/above"] = masked_mean((scores.abs() > 2 * rms).to(dtype), tokens, empty=_ABSENT)
     if advantages is not None:
         squared = advantages.detach().to(dtype).square()
         plain, weighted, both = ((squared * part).sum() for part in _powers(weights, mask))
         norm = (plain * weighted).sqrt()
-        metrics["advantage/cosine"] = torch.where(norm > 0, both / norm, 1.0)
+        metrics["advantage/cosine"] = torch.where(norm > 0, both / norm, _ABSENT)
     if donors is not None:
         swappable = where["perception"].any(1) & where["reasoning"].any(1)
-        metrics["swap/coverage"] = masked_mean((donors >= 0).to(dtype), swappable)
+        metrics["swap/coverage"] = masked_mean((donors >= 0).to(dtype), swappable, empty=_ABSENT)
     return metrics
 
 
@@ -255,10 +264,10 @@ def _powers(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mask.sum(1).to(weights.dtype), weights.square().sum(1), weights.sum(1)
 
 
-def _quantiles(values: Tensor, subsets: dict[str, Tensor], *, empty: float) -> dict[str, Tensor]:
+def _quantiles(values: Tensor, subsets: dict[str, Tensor]) -> dict[str, Tensor]:
     """Quantiles of `values` over each subset of its elements, linearly interpolated; one sort serves all subsets."""
     if values.numel() == 0:
-        return {f"{name}/{quantile}": values.new_full((), empty) for name in subsets for quantile in QUANTILES}
+        return {f"{name}/{quantile}": values.new_full((), _ABSENT) for name in subsets for quantile in QUANTILES}
     ordered, order = values.flatten().sort()
     # How many of a subset lie at or below each value: where this first reaches k is the subset's k-th least value.
     counts = torch.stack([subset.flatten()[order] for subset in subsets.values()]).cumsum(1)
@@ -272,6 +281,6 @@ def _quantiles(values: Tensor, subsets: dict[str, Tensor], *, empty: float) -> d
             ordered[torch.searchsorted(counts, number).clamp(max=values.numel() - 1)]
             for number in (below + 1, torch.minimum(below + 2, size))
         )
-        result = torch.where(size > 0, low + fraction * (high - low), empty)
+        result = torch.where(size > 0, low + fraction * (high - low), _ABSENT)
         metrics |= {f"{name}/{quantile}": value for name, value in zip(subsets, result.squeeze(1), strict=True)}
     return metrics

@@ -27,7 +27,9 @@ def token_log_probs(
 
     .. math:: \log \pi(y_t) = z_{y_t} / T - \log \sum_v e^{z_v / T}
 
-    Computed in float32 (float64 stays float64) and never above zero, whatever offset the logits share.
+    Computed in float32 (float64 stays float64) and never above zero, whatever offset the logits share. Logits of
+    :math:`-\infty` bar tokens: where one was sampled all the same its log-prob is :math:`-\infty`, and the gradient
+    that a loss of this package sends it is 0, at every logit of the row.
 
     Args:
         logits: ``logits[b, t]`` predicts ``token_ids[b, t]``: the model's output, already shifted by one.
@@ -140,7 +142,9 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_half = -0.6931471805599453
-    log_mean = torch.logaddexp(log_p, log_q) + log_half
+    # Of minus infinity twice the gradient of logaddexp is NaN, though such a token adds nothing.
+    barred = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_mean = torch.logaddexp(log_p.masked_fill(barred, 0.0), log_q.masked_fill(barred, 0.0)) + log_half
     return 0.5 * (_expectation(log_p, log_p - log_mean) + _expectation(log_q, log_q - log_mean))
 
 
@@ -148,7 +152,10 @@ def _topk_kl(log_p: Tensor, log_q: Tensor, *, top_k: int) -> Tensor:
     kept = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1).indices
 
     def pooled(log_probs: Tensor) -> Tensor:
-        tail = log_probs.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
+        left = log_probs.scatter(-1, kept, -torch.inf)
+        # Where nothing is left the gradient of logsumexp is NaN.
+        empty = (left == -torch.inf).all(-1, keepdim=True)
+        tail = left.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
         return torch.cat([log_probs.gather(-1, kept), tail], dim=-1)
 
     return _full_kl(pooled(log_p), pooled(log_q))

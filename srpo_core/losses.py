@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import at_least_float32, masked_max, masked_mean, masked_min
+from srpo_core.masking import log_ratio_of, masked_max, masked_mean, masked_min
 from srpo_core.options import KLEstimator, LossOptions, Reduction
 from srpo_core.surrogates import masked_log_ratio, ratio_of
 from srpo_core.typechecking import typechecked
@@ -42,7 +42,8 @@ def kl_penalty(
 
     Above :math:`\delta` = 5 nats ``k3`` goes on along its tangent. One outlier token would otherwise dominate a batch
     (:math:`e^{20}` is 5e8), and cutting its value off, as some trainers do, would take the gradient from the very token
-    that has left the reference furthest behind. This is a choice of this project.
+    that has left the reference furthest behind. This is a choice of this project. A token that one of the two policies
+    bars (:math:`-\infty`) has :math:`\delta = \pm 20`, one that both bar 0, and neither has a gradient.
 
     Args:
         log_probs: Under the policy being trained. The only input with a gradient.
@@ -61,8 +62,7 @@ def kl_penalty(
         Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
     """
     estimate = choose("estimator", estimator, {"k1": torch.neg, "k2": _k2, "k3": k3})
-    dtype = at_least_float32(torch.promote_types(log_probs.dtype, ref_log_probs.dtype))
-    return estimate(torch.where(mask, ref_log_probs.detach().to(dtype) - log_probs.to(dtype), 0.0))
+    return estimate(log_ratio_of(ref_log_probs.detach(), log_probs, mask))
 
 
 @typechecked
@@ -139,7 +139,8 @@ def grpo_loss(
         log_probs: Each sampled token under the policy being trained, nats. The only input with a gradient.
         advantages: Credit of each token.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN. A NaN at a real token makes
-            the loss NaN.
+            the loss NaN, and so does a log-prob of plus infinity; one of minus infinity is a barred token, whose
+            gradient is 0.
         options: The surrogate :math:`\ell`, the KL penalty :math:`\beta`, and how losses add up.
         old_log_probs: The same tokens under the policy that sampled them, nats, by the same code path.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 from torch import Tensor
 
 from srpo_core.checked import CheckedOptions, OptionError, Range, option
+from srpo_core.formats import read_format
 from srpo_core.surrogates import Clip, Surrogate
 from srpo_core.tags import DEFAULT_TAGS, RoleTags, tag_pair
 
@@ -80,6 +81,11 @@ class ContextOptions(CheckedOptions):
     answer_tags: tuple[str, str] | None = option(
         DEFAULT_TAGS.answer, "Opening and closing tag around the answer; empty where answers are not tagged."
     )
+    response_format: str = option(
+        "",
+        "The three of them in one: the name of a published format, or lines such as `perception = <see> ... </see>`, "
+        "which also describe headings, JSON, and perceptions inside the reasoning. Empty: the tags above.",
+    )
     answer_role: AnswerRole = option(
         "reasoning", "Whether answer tokens are weighted like reasoning tokens or keep weight 1."
     )
@@ -109,6 +115,8 @@ class ContextOptions(CheckedOptions):
     @property
     def tags(self) -> RoleTags:
         """The tags of the three kinds of block."""
+        if self.response_format:
+            return read_format(self.response_format)
         return RoleTags(self.perception_tags, self.reasoning_tags, self.answer_tags)
 
     def _coerced(self, name: str, value: Any) -> Any:
@@ -124,6 +132,8 @@ class ContextOptions(CheckedOptions):
 
     def _check_together(self) -> None:
         super()._check_together()
+        if self.response_format:
+            self._check_response_format()
         try:
             _ = self.tags
         except ValueError as error:
@@ -132,6 +142,22 @@ class ContextOptions(CheckedOptions):
                                             f"{named('answer_tags')}: {problem}") from None  # fmt: skip
         if (problem_of := problem_of_amount(self.corruption, self.corruption_amount)) is not None:
             raise OptionError(lambda named: f"{named('corruption_amount')} {problem_of}")
+
+    def _check_response_format(self) -> None:
+        try:
+            read_format(self.response_format)
+        except ValueError as error:
+            problem = str(error)
+            raise OptionError(lambda named: f"{named('response_format')} {problem}") from None
+        names = [f"{kind}_tags" for kind in ("perception", "reasoning", "answer")]
+        defaults = {each.name: each.default for each in fields(ContextOptions)}
+        if changed := [name for name in names if getattr(self, name) != defaults[name]]:
+            raise OptionError(
+                lambda named: (
+                    f"{named('response_format')} says what all tags are, and {named(changed[0])} is "
+                    f"{getattr(self, changed[0])!r} as well: leave one of them out"
+                )
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

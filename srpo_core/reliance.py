@@ -10,7 +10,15 @@ from torch import Tensor
 from srpo_core.checked import choose
 from srpo_core.contrasts import contrast
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
-from srpo_core.masking import at_least_float32, check_no_nan, masked_mean, no_nan_where_real
+from srpo_core.masking import (
+    at_least_float32,
+    check_log_probs,
+    check_no_nan,
+    is_barred,
+    log_probs_where_real,
+    masked_mean,
+    saturated,
+)
 from srpo_core.options import RelianceMode
 from srpo_core.roles import Role, check_roles, role_masks
 from srpo_core.typechecking import typechecked
@@ -28,7 +36,7 @@ __all__ = [
 _MAX_LOG_PROB = -1e-3
 
 
-@typechecked(values=(check_roles, no_nan_where_real("log_probs")))
+@typechecked(values=(check_roles, log_probs_where_real("log_probs")))
 def gradient_reliance(
     log_probs: Float[Tensor, "batch time"],
     embeddings: Float[Tensor, "batch time hidden_dim"],
@@ -50,7 +58,8 @@ def gradient_reliance(
     to be kept apart. It runs here, frees the graph and leaves every ``.grad`` alone. Meant for once per rollout batch.
 
     Args:
-        log_probs: Each response token, nats, with a graph from `embeddings`.
+        log_probs: Each response token, nats, with a graph from `embeddings`. A reasoning token of minus infinity, which
+            some mask bars, adds nothing.
         embeddings: Input embeddings of the same tokens: ``embeddings[:, t]`` is that of the token which
             ``log_probs[:, t]`` scores. The very tensor that entered the model, made before the forward and with
             ``requires_grad``: concatenate it to the prompt's; a slice taken afterwards is not part of the graph.
@@ -63,7 +72,7 @@ def gradient_reliance(
 
     Raises:
         ValueError: If `log_probs` has no graph to `embeddings`, a role is outside the enum, or a log-prob of a real
-            token is NaN or its gradient not finite (the tensors are read on the host).
+            token is NaN or plus infinity or its gradient not finite (the tensors are read on the host).
 
     Example:
         >>> embeddings = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]]], requires_grad=True)
@@ -77,7 +86,7 @@ def gradient_reliance(
     """
     perception, reasoning = role_masks(roles, mask)
     slope = -1.0 / torch.expm1(log_probs.detach().to(at_least_float32(log_probs.dtype)).clamp(max=_MAX_LOG_PROB))
-    slope = torch.where(reasoning, slope, 0.0).to(log_probs.dtype)
+    slope = torch.where(reasoning & ~is_barred(log_probs), slope, 0.0).to(log_probs.dtype)
     gradient = None
     if log_probs.requires_grad and embeddings.requires_grad:
         (gradient,) = torch.autograd.grad(log_probs, embeddings, slope, retain_graph=False, allow_unused=True)
@@ -249,7 +258,7 @@ def span_counterfactuals(
 def _values_of_passes(arguments: Mapping[str, Any]) -> None:
     passes, spans = arguments["without_log_probs"], arguments["spans"]
     for k, without in enumerate(passes):
-        check_no_nan(f"without_log_probs[{k}]", without, arguments["mask"])
+        check_log_probs(f"without_log_probs[{k}]", without, arguments["mask"])
     wrong = ((spans >= len(passes)) & role_masks(arguments["roles"], arguments["mask"]).perception).nonzero()
     if len(wrong):
         row, time = wrong[0].tolist()
@@ -259,7 +268,7 @@ def _values_of_passes(arguments: Mapping[str, Any]) -> None:
         )
 
 
-@typechecked(values=(check_roles, no_nan_where_real("log_probs"), _values_of_passes))
+@typechecked(values=(check_roles, log_probs_where_real("log_probs"), _values_of_passes))
 def span_reliance(
     log_probs: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -299,8 +308,8 @@ def span_reliance(
 
     Raises:
         ValueError: If `clip` is out of range; outside ``torch.compile`` also if a role is outside the enum, a span of a
-            perception token has no pass in `without_log_probs`, or a log-prob of a real token is NaN, for which the
-            tensors are read on the host.
+            perception token has no pass in `without_log_probs`, or a log-prob of a real token is NaN or plus infinity,
+            for which the tensors are read on the host.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -1.0, -1.0, -0.5]])
@@ -342,7 +351,8 @@ def apply_reliance(
     only how much they weigh against the reasoning. The score is no longer bounded by the clip of :math:`s`.
 
     Args:
-        scores: :math:`s`, nats: from :func:`~srpo_core.visual_dependency` or a divergence at perception tokens.
+        scores: :math:`s`, nats: from :func:`~srpo_core.visual_dependency` or a divergence at perception tokens. An
+            infinite one counts as 20 nats.
         roles: What each token does, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         reliance: :math:`U`, from :func:`gradient_reliance` or :func:`span_reliance`: 1 on average over a trajectory's
@@ -370,7 +380,7 @@ def apply_reliance(
     shares = choose("mode", mode, {"product": False, "share": True})
     perception = role_masks(roles, mask).perception
     dtype = at_least_float32(torch.promote_types(scores.dtype, reliance.dtype))
-    scores, reliance = scores.detach().to(dtype), reliance.detach().to(dtype)
+    scores, reliance = saturated(scores.detach().to(dtype)), reliance.detach().to(dtype)
     shared = masked_mean(scores, perception, dim=1)[:, None] if shares else scores
     return torch.where(perception, shared * reliance, scores)
 

@@ -10,7 +10,7 @@ from srpo_core.advantages import role_advantages
 from srpo_core.contrasts import clip_divergence, contrast
 from srpo_core.diagnostics import credit_metrics
 from srpo_core.losses import LossOutput, grpo_loss
-from srpo_core.masking import check_no_nan, no_nan_where_real
+from srpo_core.masking import check_no_nan, log_probs_where_real
 from srpo_core.options import DIVERGENCES, CreditOptions, SRPOConfig
 from srpo_core.reliance import apply_reliance
 from srpo_core.roles import check_roles, role_masks
@@ -60,7 +60,7 @@ def _no_nan_where_read(arguments: Mapping[str, Any]) -> None:
             check_no_nan(name, arguments[name], where)
 
 
-@typechecked(values=(check_roles, no_nan_where_real(*_LOG_PROBS), _no_nan_where_read))
+@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _no_nan_where_read))
 def srpo_advantages(
     old_log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],
@@ -82,7 +82,8 @@ def srpo_advantages(
     bit for bit.
 
     Args:
-        old_log_probs: Each token of the rollout under its own context, nats, by the trainer's own code path.
+        old_log_probs: Each token of the rollout under its own context, nats, by the trainer's own code path. Minus
+            infinity, here and in the other contexts, is a token that some mask bars; weights stay finite.
         advantages: One per response, from :func:`~srpo_core.group_advantages` or your trainer.
         roles: From :func:`~srpo_core.segment_responses` or :func:`~srpo_core.segment_roles`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
@@ -106,7 +107,7 @@ def srpo_advantages(
 
     Raises:
         ValueError: If a divergence is missing; outside ``torch.compile`` also if a role is outside the enum or a value
-            that is read is NaN, for which the tensors are read on the host.
+            that is read is NaN or a log-prob plus infinity, for which the tensors are read on the host.
 
     Example:
         >>> log_probs = torch.tensor([[-0.1, -1.0, -0.5]])
@@ -151,7 +152,7 @@ def srpo_advantages(
     )
 
 
-@typechecked(values=(check_roles, no_nan_where_real(*_LOG_PROBS), _no_nan_where_read), on_device=False)
+@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _no_nan_where_read), on_device=False)
 def srpo_loss(
     log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],
@@ -176,7 +177,8 @@ def srpo_loss(
     On an accelerator no value is checked, because that would stall the step; :func:`srpo_advantages` checks.
 
     Args:
-        log_probs: Each sampled token under the policy being trained, nats. The only input with a gradient.
+        log_probs: Each sampled token under the policy being trained, nats. The only input with a gradient. Minus
+            infinity, here and in the other log-probs, is a token that some mask bars; its gradient is 0.
         advantages: One per response.
         roles: From :func:`~srpo_core.segment_responses` or :func:`~srpo_core.segment_roles`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.

@@ -12,13 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srpo_core.checked import CheckedOptions, option
-from srpo_core.masking import at_least_float32, masked_mean
+from srpo_core.masking import MAX_LOG_RATIO, is_barred, log_ratio_of, masked_mean
 from srpo_core.typechecking import typechecked
 
 __all__ = ["CISPO", "GSPO", "SAPO", "Clip", "GSPOToken", "Surrogate"]
-
-# Far outside every clip range, and e^20 is still an exact float32: a ratio saturates instead of becoming inf or NaN.
-MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +73,13 @@ class Surrogate(CheckedOptions):
         *,
         old_log_probs: Float[Tensor, "batch time"],
     ) -> Float[Tensor, "batch time"]:
-        """Loss of each token, 0 at padding.
+        r"""Loss of each token, 0 at padding.
 
         Args:
             log_probs: Log-probability, nats, of each sampled token under the policy being trained. The only input
-                with a gradient.
+                with a gradient. Minus infinity is legal, here and in `old_log_probs`: the token is barred, by a top-k
+                mask for example. Barred by both policies it has ratio 1, by one :math:`e^{\pm 20}`; its own gradient
+                is 0, and where a loss has the log-probability itself as a factor, so is its loss.
             advantages: Credit of each token; positive means "make it likelier".
             mask: True at response tokens. Elsewhere the inputs may hold anything, even NaN; loss and gradient there
                 are 0.
@@ -91,10 +90,16 @@ class Surrogate(CheckedOptions):
         """
         _check_what_is_trained(log_probs, advantages=advantages, old_log_probs=old_log_probs)
         log_ratio, advantages = masked_log_ratio(log_probs, advantages, mask, old_log_probs=old_log_probs)
-        return self.losses(log_ratio, log_probs, advantages, mask)
+        barred = is_barred(log_probs)
+        log_probs = log_probs.to(log_ratio.dtype)
+        log_probs = torch.where(is_barred(old_log_probs), log_probs.detach(), log_probs)
+        return self.losses(log_ratio, torch.where(mask & ~barred, log_probs, 0.0), advantages, mask)
 
     def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Loss of each token: `log_ratio` and `advantages` are 0 at padding, and `log_probs` may be anything there."""
+        """Loss of each token: all tensors are 0 at padding, and `log_probs` is 0 at barred tokens as well.
+
+        A token that either policy bars has a gradient through neither `log_ratio` nor `log_probs`.
+        """
         raise NotImplementedError
 
     def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -117,9 +122,8 @@ def masked_log_ratio(
     log_probs: Tensor, advantages: Tensor, mask: Tensor, *, old_log_probs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-ratio and advantages, 0 at padding: masked first, so that padding has ratio 1 and credit 0 all the way."""
-    dtype = at_least_float32(torch.promote_types(log_probs.dtype, old_log_probs.dtype))
-    log_ratio = torch.where(mask, log_probs.to(dtype) - old_log_probs.detach().to(dtype), 0.0)
-    return log_ratio, torch.where(mask, advantages.detach().to(dtype), 0.0)
+    log_ratio = log_ratio_of(log_probs, old_log_probs.detach(), mask)
+    return log_ratio, torch.where(mask, advantages.detach().to(log_ratio.dtype), 0.0)
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
@@ -207,7 +211,6 @@ class CISPO(Surrogate):
     max_ratio: float = option(5.0, "Largest importance weight.", above=0.0)
 
     def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        log_probs = torch.where(mask, log_probs.to(log_ratio.dtype), 0.0)
         return -ratio_of(log_ratio).clamp(max=self.max_ratio).detach() * advantages * log_probs
 
     def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:

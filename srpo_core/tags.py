@@ -1,30 +1,26 @@
-"""Tags, and the grammar that takes a response apart: text -> blocks, or the first fault in it."""
+"""Tags: how a response marks its perception, its reasoning and its answer, and how it is taken apart by them."""
 
+import json
 import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-__all__ = ["DEFAULT_TAGS", "Block", "BrokenReason", "Parsed", "RoleTagIds", "RoleTags", "parse_response", "tag_pair"]
+from srpo_core.checked import choose
+from srpo_core.grammar import JSON, Block, BrokenReason, Kind, Parsed, heading_pattern, is_bracketed, take_apart
 
-
-class BrokenReason(IntEnum):
-    """Why a response is malformed, by its first fault; ``NONE`` is well-formed."""
-
-    NONE = 0
-    #: No perception block at all.
-    NO_PERCEPTION = 1
-    #: The last block is open though EOS was emitted. (Open because the response was truncated is well-formed.)
-    UNCLOSED = 2
-    #: A block opens inside another.
-    NESTED = 3
-    #: A block opens inside another, and the very next tag closes the outer one.
-    CROSSED = 4
-    #: A block closes that is not open.
-    STRAY_CLOSE = 5
-    #: A second answer block.
-    TWO_ANSWERS = 6
+__all__ = [
+    "DEFAULT_TAGS",
+    "Block",
+    "BrokenReason",
+    "Kind",
+    "Parsed",
+    "RoleTagIds",
+    "RoleTags",
+    "open_block",
+    "parse_response",
+    "tag_pair",
+]
 
 
 class RoleTagIds(NamedTuple):
@@ -38,44 +34,54 @@ class RoleTagIds(NamedTuple):
     answer_close: int = -1
 
 
-_CLOSING_BRACKETS = {"}": "{", "]": "[", ")": "("}
-
-
-def _is_bracketed(pair: tuple[str, str]) -> bool:
-    return pair[1] in _CLOSING_BRACKETS and pair[0].endswith(_CLOSING_BRACKETS[pair[1]])
-
-
 def tag_pair(value: Any) -> tuple[str, str]:
-    """The two tags as a tuple: YAML gives lists, which do not hash."""
-    is_two = isinstance(value, (tuple, list)) and len(value) == 2
-    if not is_two or not all(isinstance(tag, str) and tag for tag in value):
-        raise ValueError(f"must be two non-empty strings, an opening and a closing tag, got {value!r}")
-    return (value[0], value[1])
+    """The two tags as a tuple, the second "" of a heading: YAML gives lists, which do not hash."""
+    parts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if all(isinstance(part, str) for part in parts):
+        if len(parts) == 2 and parts[0].strip() and parts[1]:
+            return (parts[0], parts[1])
+        heading = parts[0].strip() if len(parts) == 1 or (len(parts) == 2 and not parts[1]) else ""
+        # What begins like a tag of XML has a closing tag, which was forgotten.
+        if re.search(r"\w", heading) and not heading.startswith("<") and len(heading.splitlines()) == 1:
+            return (heading, "")
+    raise ValueError(
+        f"must be two non-empty strings, an opening and a closing tag, got {value!r}; "
+        "or one string, a heading such as '### Perception'"
+    )
 
 
 @dataclass(frozen=True)
 class RoleTags:
-    r"""The opening and closing tag of each block; any strings.
+    r"""The format of a response: the opening and closing tag of each block; any strings.
 
     A pair such as ``("\\boxed{", "}")``, whose closing tag is the bracket its opening tag ends with, is read as TeX
     reads it: brackets inside are balanced, ``\{`` and ``\}`` are not brackets, and a bracket elsewhere is plain text.
+    Where there are several such answers, the last one is the answer, and inside reasoning they are text.
+
+    A *heading* has no closing tag: ``"### Perception"`` or ``"Answer:"``. It counts at the start of a line, also in
+    other markup (``**Answer:**``), and its block runs to the next tag or to the end of the response. ``"json"`` as
+    perception is a JSON array or object that begins a line, such as a list of boxes.
 
     Attributes:
-        perception: Tags around what the model says it sees.
-        reasoning: Tags around what it concludes.
-        answer: Tags around the answer; None where answers are not tagged.
+        perception: Tags around what the model says it sees, or a heading.
+        reasoning: Tags around what it concludes, or a heading.
+        answer: Tags around the answer, or a heading; None where answers are not tagged.
+        nested: Whether perceptions stand inside the reasoning, between its tags.
 
     Raises:
-        ValueError: If a pair is not two non-empty strings, or one tag would mean two things.
+        ValueError: If something is neither a pair of tags nor a heading, or one tag would mean two things.
 
     Example:
         >>> RoleTags(perception=("<description>", "</description>"), answer=("\\boxed{", "}")).reasoning
         ('<think>', '</think>')
+        >>> RoleTags("### Perception", "### Reasoning", "Answer:").perception
+        ('### Perception', '')
     """
 
     perception: tuple[str, str] = ("<perception>", "</perception>")
     reasoning: tuple[str, str] = ("<think>", "</think>")
     answer: tuple[str, str] | None = ("<answer>", "</answer>")
+    nested: bool = False
 
     def __post_init__(self) -> None:
         for name in ("perception", "reasoning", "answer"):
@@ -84,21 +90,95 @@ class RoleTags:
                     object.__setattr__(self, name, tag_pair(getattr(self, name)))
                 except ValueError as error:
                     raise ValueError(f"{name} {error}") from None
-        strict = self._strict
+        if not isinstance(self.nested, bool):
+            raise ValueError(f"nested must be True or False, got {self.nested!r}")
+        for kind, pair in self.pairs.items():
+            if pair == JSON and kind != "perception":
+                raise ValueError(f"{kind} must be between tags or under a heading: only a perception can be json")
+        if self.nested and not self.reasoning[1]:
+            raise ValueError(
+                f"reasoning must have a closing tag, because perceptions stand inside it, got {self.reasoning[0]!r}"
+            )
+        if self.nested and not self.perception[1] and self.perception != JSON:
+            raise ValueError(
+                f"perception must have a closing tag, because reasoning goes on after it, got {self.perception[0]!r}"
+            )
+        strict = [tag for pair in self.pairs.values() for tag in (pair[:1] if is_bracketed(pair) else pair) if tag]
         for tag in strict:
             if strict.count(tag) > 1:
                 raise ValueError(f"each tag must mean one thing, got {tag!r} more than once")
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
-        """The tags by kind of block, in the order perception, reasoning, answer."""
+        """The tags by kind of block, in the order perception, reasoning, answer; "" for no closing tag."""
         pairs = {"perception": self.perception, "reasoning": self.reasoning}
         return pairs if self.answer is None else pairs | {"answer": self.answer}
 
     @property
-    def _strict(self) -> list[str]:
-        """Every tag but closing brackets: those only ever close their own block, and elsewhere are plain text."""
-        return [tag for pair in self.pairs.values() for tag in (pair[:1] if _is_bracketed(pair) else pair)]
+    def grammar(self) -> str:
+        r"""The format in a few lines, as :meth:`of_grammar` reads it.
+
+        Example:
+            >>> print(RoleTags(answer=("\\boxed{", "}"), nested=True).grammar)
+            perception in reasoning = <perception> ... </perception>
+            reasoning = <think> ... </think>
+            answer = \boxed{ ... }
+        """
+        lines = []
+        for kind, pair in self.pairs.items():
+            name = "perception in reasoning" if kind == "perception" and self.nested else kind
+            lines.append(f"{name} = {_written(pair)}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def of_grammar(text: str) -> "RoleTags":
+        r"""The format that a few lines describe, one for each kind of block.
+
+        A line is ``kind = opening ... closing`` for tags around a block, ``kind = heading`` for a heading without a
+        closing tag, or ``perception = json``. The kinds are ``perception`` (``perception in reasoning`` where it stands
+        inside the reasoning), ``reasoning`` and ``answer``, which may be left out. A tag with ``...``, ``;``, a line
+        break or spaces around it is written as a JSON string. Lines may also be separated by semicolons.
+
+        Args:
+            text: The lines, in any order.
+
+        Raises:
+            ValueError: If a line is none of these, a kind has two lines, or perception or reasoning has none.
+
+        Example:
+            >>> RoleTags.of_grammar("perception = <see> ... </see>; reasoning = <think> ... </think>; answer = Answer:")
+            RoleTags(perception=('<see>', '</see>'), reasoning=('<think>', '</think>'), answer=('Answer:', ''), ...
+        """
+        found: dict[str, tuple[str, str]] = {}
+        nested = False
+        for number, (line, match) in enumerate(_lines(text), 1):
+            place = f"line {number} of the format, {line!r},"
+            name = " ".join(match["name"].split()) if match else ""
+            kind = name.removesuffix(" in reasoning") if name.startswith("perception") else name
+            if match is None or kind not in get_args(Kind):
+                raise ValueError(
+                    f"{place} must be 'perception = ...', 'perception in reasoning = ...', 'reasoning = ...' or "
+                    "'answer = ...', with an opening tag, three dots and a closing tag, or a heading; a tag that is "
+                    "in quotes is a JSON string"
+                )
+            if kind in found:
+                raise ValueError(f"{place} is the second for {kind}: leave one of them")
+            try:
+                written = [tag for tag in match.group("opening", "closing") if tag]
+                tags = [json.loads(tag) if tag.startswith('"') else tag for tag in written]
+                found[kind] = tag_pair(tags if len(tags) > 1 else "".join(tags))
+            except json.JSONDecodeError:
+                raise ValueError(f"{place} has a tag in quotes that is not a JSON string") from None
+            except ValueError as error:
+                raise ValueError(f"{place} {error}") from None
+            nested = nested or name != kind
+        for kind in ("perception", "reasoning"):
+            if kind not in found:
+                raise ValueError(f"the format must have a line '{kind} = <{kind}> ... </{kind}>', got {text!r}")
+        return RoleTags(found["perception"], found["reasoning"], found.get("answer"), nested=nested)
+
+    def __str__(self) -> str:
+        return self.grammar
 
     def token_ids(self, tokenizer: Any) -> RoleTagIds:
         """Ids of the tags, for :func:`segment_roles`.
@@ -108,12 +188,14 @@ class RoleTags:
                 added tokens: an ordinary vocabulary entry may also be reached by other merges, which ids cannot see.
 
         Raises:
-            ValueError: If a tag is not a single token of the tokenizer, or is a bracket.
+            ValueError: If a tag is not a single token of the tokenizer, is a bracket, or has no closing tag.
         """
         to_id = getattr(tokenizer, "convert_tokens_to_ids", None) or tokenizer.token_to_id
         unknown = (None, getattr(tokenizer, "unk_token_id", None))
         for kind, pair in self.pairs.items():
-            if _is_bracketed(pair):
+            if not pair[1]:
+                raise ValueError(f"{kind} {pair[0]!r} has no closing tag: use segment_responses, which needs none")
+            if is_bracketed(pair):
                 raise ValueError(
                     f"{kind} tags {pair} end in a bracket, which is also plain text: use segment_responses"
                 )
@@ -126,40 +208,62 @@ class RoleTags:
         return RoleTagIds(*(to_id(tag) for pair in self.pairs.values() for tag in pair))
 
 
+# A JSON string, or text without three dots, semicolon and line break.
+_TAG = r'"(?:[^"\\\n]|\\.)*"|(?!")(?:(?!\.\.\.|…)[^;\n])*?'
+_LINE = re.compile(
+    rf"(?P<name>[^=;\n]*)=[ \t]*+(?P<opening>{_TAG})(?:[ \t]*(?:\.\.\.|…)[ \t]*+(?P<closing>{_TAG}))?[ \t]*(?=[;\n]|$)"
+)
+
+
+def _lines(text: str) -> Iterator[tuple[str, re.Match[str] | None]]:
+    """The lines of a description, and each taken apart; None for one that is none."""
+    at = 0
+    while at < len(text):
+        match = _LINE.match(text, at)
+        end = match.end() if match else at + len(re.split(r"[;\n]", text[at:], maxsplit=1)[0])
+        if line := text[at:end].strip():
+            yield line, match
+        at = end + 1
+
+
+def _written(pair: tuple[str, str]) -> str:
+    parts = [_quoted(tag) for tag in pair if tag]
+    return "json" if pair == JSON else " ... ".join(parts)
+
+
+def _quoted(tag: str) -> str:
+    is_plain = tag == tag.strip() and tag.isprintable() and not re.search(r'\.\.\.|…|;|^"', tag)
+    return tag if is_plain else json.dumps(tag)
+
+
 #: The tags where none are given. A choice of this project: the paper's prompts are not public.
 DEFAULT_TAGS = RoleTags()
 
 
-class Block(NamedTuple):
-    """A block: its kind (``perception``, ``reasoning`` or ``answer``) and its content, ``text[start:end]``."""
-
-    kind: str
-    start: int
-    end: int
-
-
-class Parsed(NamedTuple):
-    """A response taken apart.
-
-    Attributes:
-        blocks: The blocks in order; of a broken response, those complete before the fault.
-        reason: The first fault, or ``BrokenReason.NONE``.
-        position: Character at which the faulty tag starts (``UNCLOSED``: the tag left open; ``NO_PERCEPTION``: the end
-            of the text). None where the response is well-formed.
-    """
-
-    blocks: tuple[Block, ...]
-    reason: BrokenReason
-    position: int | None
-
-
-def parse_response(text: str, tags: RoleTags = DEFAULT_TAGS, *, finished: bool = True) -> Parsed:
+def parse_response(
+    text: str,
+    tags: RoleTags = DEFAULT_TAGS,
+    *,
+    finished: bool = True,
+    open_at_start: Kind | None = None,
+    places: Mapping[str, Collection[int]] | None = None,
+) -> Parsed:
     """Blocks of a response, and where and why it is malformed.
+
+    Inside reasoning a tag of another kind may be named: it is text unless a block is closed there that was opened
+    there. Whatever else is open inside another block is a fault.
 
     Args:
         text: The response, without its end-of-sequence token.
         tags: The opening and closing tag of each block.
         finished: Whether the model ended the response itself. If not, the last block may be open and runs to the end.
+        open_at_start: The kind of block that the prompt left open, from :func:`open_block`; None: the response begins
+            outside of blocks.
+        places: Of the tags that are tokens of their own, the characters at which these tokens start. Spelled with other
+            tokens such a tag is text. Tags that are not here count wherever their text stands; None: all do.
+
+    Raises:
+        ValueError: If `open_at_start` is no kind of block, or of a kind that has no tags.
 
     Example:
         >>> parse_response("<perception>a cat</perception> so <think>it purrs</think>").blocks
@@ -169,63 +273,42 @@ def parse_response(text: str, tags: RoleTags = DEFAULT_TAGS, *, finished: bool =
         >>> reason.name, text[position:]
         ('NESTED', '<think>it purrs</think>')
     """
-    pairs = tags.pairs
-    grammar = _grammar(tags)
-    blocks: list[Block] = []
-    current, start, depth = None, 0, 0  # kind of the open block, where its content starts, brackets open inside it
-    outer = None  # kind of the block around it, which is a fault already: the next tag tells nested from crossed
+    if open_at_start is not None:
+        choose("open_at_start", open_at_start, tags.pairs)
+    return take_apart(
+        text, tags.pairs, nested=tags.nested, finished=finished, open_at_start=open_at_start, places=places
+    )
 
-    def broken(reason: BrokenReason, position: int) -> Parsed:
-        return Parsed(tuple(blocks), reason, position)
 
-    def current_tag() -> int:
-        return start - len(pairs[current][0]) if current is not None else len(text)
+def open_block(prompt: str, tags: RoleTags = DEFAULT_TAGS) -> Kind | None:
+    """Which kind of block a prompt leaves open, so that responses begin inside it.
 
-    for match in grammar.pattern.finditer(text):
-        found = match.group()
-        closes = current is not None and depth == 0 and found == pairs[current][1]
-        if not closes and found not in grammar.tags:
-            if current in grammar.brackets and found in grammar.brackets[current]:
-                depth += 1 if found == grammar.brackets[current][0] else -1
-        elif outer is not None:
-            if outer != current and found == pairs[outer][1]:
-                return broken(BrokenReason.CROSSED, match.start())
-            return broken(BrokenReason.NESTED, current_tag())
-        elif current is not None and closes:
-            blocks.append(Block(current, start, match.start()))
-            current = None
-        elif found not in grammar.opening:
-            return broken(BrokenReason.STRAY_CLOSE, match.start())
-        elif current is None and grammar.opening[found] == "answer" and any(b.kind == "answer" for b in blocks):
-            return broken(BrokenReason.TWO_ANSWERS, match.start())
+    Chat templates of thinking models do, which end in ``<think>``.
+
+    Args:
+        prompt: Its text with its special tokens, or the end of it.
+        tags: The opening and closing tag of each block.
+
+    Returns:
+        The kind whose opening tag the prompt ends in, whitespace aside; None if it ends otherwise.
+
+    Example:
+        >>> open_block("<|im_start|>assistant\\n<think>\\n"), open_block("Put it in <think>, please.")
+        ('reasoning', None)
+    """
+    end = prompt.rstrip()
+    last_line = end.rpartition("\n")[2]
+    longest, found = 0, None
+    for kind in get_args(Kind):
+        opening, closing = tags.pairs.get(kind, JSON)
+        if not closing:
+            is_open = (opening, closing) != JSON and re.fullmatch(heading_pattern(opening), last_line) is not None
+            candidates = [(opening, kind)] if is_open else []
         else:
-            outer, current, start = current, grammar.opening[found], match.end()
-    if outer is not None:
-        return broken(BrokenReason.NESTED, current_tag())
-    if current is not None and finished:
-        return broken(BrokenReason.UNCLOSED, current_tag())
-    if current is not None:
-        blocks.append(Block(current, start, len(text)))
-    if not any(block.kind == "perception" for block in blocks):
-        return broken(BrokenReason.NO_PERCEPTION, len(text))
-    return Parsed(tuple(blocks), BrokenReason.NONE, None)
-
-
-class _Grammar(NamedTuple):
-    pattern: re.Pattern[str]
-    opening: dict[str, str]  # opening tag -> kind of block
-    tags: frozenset[str]  # every tag but closing brackets
-    brackets: dict[str, tuple[str, str]]  # kind of block -> the brackets to balance inside it
-
-
-@lru_cache(maxsize=64)
-def _grammar(tags: RoleTags) -> _Grammar:
-    opening = {pair[0]: kind for kind, pair in tags.pairs.items()}
-    brackets = {kind: (pair[0][-1], pair[1]) for kind, pair in tags.pairs.items() if _is_bracketed(pair)}
-    strict = frozenset(tags._strict)
-    # Longest first: one tag may begin another. Escapes come last, since a tag may itself begin with a backslash.
-    alternatives = [re.escape(tag) for tag in sorted(strict, key=len, reverse=True)]
-    if brackets:
-        any_bracket = "".join(re.escape(bracket) for bracket in sorted({b for pair in brackets.values() for b in pair}))
-        alternatives += [rf"\\[\\{any_bracket}]", f"[{any_bracket}]"]
-    return _Grammar(re.compile("|".join(alternatives)), opening, strict, brackets)
+            candidates = [
+                (tag, opens) for tag, opens in ((opening, kind), (closing, None)) if end.endswith(tag.rstrip())
+            ]
+        for tag, opens in candidates:
+            if len(tag) > longest:
+                longest, found = len(tag), opens
+    return found

@@ -146,7 +146,7 @@ def _mismatch(argument: str, value: Any, annotation: Any, sizes: dict[str, tuple
             return _UnknownChoice(
                 f"{argument} must be one of {', '.join(map(repr, get_args(literals[0])))}, got {value!r}"
             )
-        if isinstance(annotation, type) and not isinstance(value, annotation):
+        if isinstance(annotation, type) and annotation is not Any and not isinstance(value, annotation):
             numeric = annotation is float and isinstance(value, int)
             return None if numeric else f"{argument} must be of type {annotation.__name__}, got {value!r}"
         return None

@@ -60,6 +60,8 @@ def another_value(name: str) -> dict[str, Any]:
         value = next(other for other in names if other != each.default)
     elif any(get_origin(kind) is tuple for kind in kinds):
         value = (f"<{name}>", f"</{name}>")
+    elif name == "response_format":
+        value = "vision-sr1"
     else:
         value = each.default + 2 if int in kinds else 0.5 * (each.default or 0.6)
     beside: dict[str, Any] = {"reliance_spans": 2} if name == "reliance_mode" else {}

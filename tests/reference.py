@@ -8,16 +8,25 @@ import math
 PERCEPTION, REASONING = 1, 2
 
 
-def contrast(log_prob, other, kind, clip):
-    if log_prob == -math.inf and other == -math.inf:
+def log_ratio(log_prob, other):
+    """A token that both sides bar is the same for both; one that a single side bars counts as 20 nats."""
+    if log_prob == other == -math.inf:
         return 0.0
-    delta = log_prob - other
+    if log_prob == -math.inf:
+        return -20.0
+    if other == -math.inf:
+        return 20.0
+    return log_prob - other
+
+
+def contrast(log_prob, other, kind, clip):
+    delta = log_ratio(log_prob, other)
     if kind == "positive":
         delta = max(delta, 0.0)
     elif kind == "abs":
         delta = abs(delta)
     elif kind == "k3":
-        delta = math.inf if abs(delta) == math.inf else math.exp(-delta) + delta - 1.0
+        delta = math.exp(-delta) + delta - 1.0
     return min(max(delta, -clip), clip)
 
 
@@ -152,15 +161,16 @@ def surrogate(log_probs, old_log_probs, advantages, mask, kind, **parameters):
     result = []
     for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
         count = sum(real)
-        mean = math.fsum(p - q for p, q, r in zip(new, old, real, strict=True) if r) / count if count else 0.0
+        deltas = [log_ratio(p, q) for p, q, r in zip(new, old, real, strict=True) if r]
+        mean = math.fsum(deltas) / count if count else 0.0
         row = []
         for p, q, a, r in zip(new, old, advantage, real, strict=True):
             if not r:
                 row.append(0.0)
                 continue
-            ratio = math.exp(min(max(mean if kind.startswith("gspo") else p - q, -20.0), 20.0))
+            ratio = math.exp(min(max(mean if kind.startswith("gspo") else log_ratio(p, q), -20.0), 20.0))
             if kind == "cispo":
-                loss = -min(ratio, parameters.get("max_ratio", 5.0)) * a * p
+                loss = -min(ratio, parameters.get("max_ratio", 5.0)) * a * (0.0 if p == -math.inf else p)
             elif kind == "sapo":
                 tau = _temperature(a, **parameters)
                 loss = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * a
@@ -173,6 +183,38 @@ def surrogate(log_probs, old_log_probs, advantages, mask, kind, **parameters):
     return result
 
 
+def surrogate_slopes(log_probs, old_log_probs, advantages, mask, kind, **parameters):
+    """Derivative of the summed token losses by each log-prob: 0 at a token that either policy bars."""
+    low, high, dual = (parameters.get(*each) for each in (("low", 0.2), ("high", 0.2), ("dual", None)))
+
+    def slope(delta, a):
+        """By the log-ratio."""
+        if abs(delta) > 20.0:
+            return 0.0
+        ratio = math.exp(delta)
+        if kind == "sapo":
+            gate = 1 / (1 + math.exp(-_temperature(a, **parameters) * (ratio - 1)))
+            return -4 * gate * (1 - gate) * ratio * a
+        held = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
+        return 0.0 if held or (dual is not None and a < 0 and ratio > dual) else -ratio * a
+
+    result = []
+    for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
+        deltas = [log_ratio(p, q) for p, q, r in zip(new, old, real, strict=True) if r]
+        mean = math.fsum(deltas) / len(deltas) if deltas else 0.0
+        row = []
+        for p, q, a, r in zip(new, old, advantage, real, strict=True):
+            if not r or -math.inf in (p, q):
+                row.append(0.0)
+            elif kind == "cispo":
+                row.append(-min(math.exp(min(max(p - q, -20.0), 20.0)), parameters.get("max_ratio", 5.0)) * a)
+            else:
+                # All tokens of a GSPO response have one advantage, and the mean moves them by 1/n each: n times 1/n.
+                row.append(slope(mean if kind.startswith("gspo") else p - q, a))
+        result.append(row)
+    return result
+
+
 def _temperature(advantage, temperature_positive=1.0, temperature_negative=1.05):
     return temperature_positive if advantage > 0 else temperature_negative
 
@@ -181,7 +223,7 @@ def surrogate_metrics(log_probs, old_log_probs, advantages, mask, kind, **parame
     """What a surrogate reports of itself: shares of the real tokens, or the mean slope of the gate."""
     tokens = []
     for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
-        deltas = [p - q for p, q, r in zip(new, old, real, strict=True) if r]
+        deltas = [log_ratio(p, q) for p, q, r in zip(new, old, real, strict=True) if r]
         mean = math.fsum(deltas) / len(deltas) if deltas else 0.0
         credit = [a for a, r in zip(advantage, real, strict=True) if r]
         tokens += [(math.exp(mean if kind.startswith("gspo") else d), a) for d, a in zip(deltas, credit, strict=True)]
@@ -216,7 +258,7 @@ def k3(delta):
 
 def kl_penalty(log_probs, ref_log_probs, mask, estimator="k3"):
     def estimate(p, ref):
-        delta = ref - p
+        delta = log_ratio(ref, p)
         if estimator == "k3":
             return k3(delta)
         return -delta if estimator == "k1" else delta * delta / 2
@@ -260,6 +302,8 @@ def linear_reliance(coefficients, log_probs, roles, mask):
         for t in time:
             gradient = [0.0] * len(coefficients[row][t][t])
             for r in reasoning:
+                if log_probs[row][r] == -math.inf:
+                    continue  # barred: it has no gradient
                 # Of log p the slope is 1 - p; that of the log-odds undoes it, except near certainty, where 1 - p has no
                 # digits left unless expm1 keeps them: shares of a gradient of 1e-20 are shares all the same.
                 factor = math.expm1(log_probs[row][r]) / math.expm1(min(log_probs[row][r], -1e-3))

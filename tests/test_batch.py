@@ -1,6 +1,5 @@
-"""One batch, one driver: what has to be scored, the credit of the scores, the look at the first batch, the record."""
+"""One batch, one driver: what has to be scored, the credit of the scores, the record."""
 
-import logging
 import math
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from srpo_core import (
     segment_responses,
     srpo_advantages,
 )
-from srpo_core.batch import check_first_batch, ending_ids, logged, record
+from srpo_core.batch import ending_ids, logged, prompt_id, record
 from srpo_core.diagnostics import credit_diagnostics
 from srpo_core.reliance import span_counterfactuals
 from srpo_core.rollouts import RolloutWriter, read_rollouts
@@ -95,7 +94,40 @@ def assert_equal(actual, expected):
         assert torch.equal(one, other), name
 
 
-# RolloutBatch, ending_ids
+# RolloutBatch, ending_ids, prompt_id
+
+
+def test_rollout_batch_of_reads_the_open_block_off_the_prompts():
+    texts = ["a cat</p><t>so two</t>\x01", "<p>a</p><t>b</t>\x01", "so two</t>\x01"]
+    ids, mask = tokens_of(texts)
+    ends = ["Look <p>...</p>\nassistant: <p>", "Look <p>...</p>\nassistant:", "assistant: <t>\n"]
+    batch = RolloutBatch.of(ids, mask, Characters(), OPTIONS, group_ids=torch.arange(3), prompt_ends=ends)
+    assert batch.open_at_start.tolist() == [1, 0, 2]
+    letters = ["".join("OPR"[role] for role in row[:24]) for row in batch.segmentation.roles.tolist()]
+    # Counted by hand; reasoning that no perception precedes has no role.
+    assert letters[0] == "PPPPP" + "OOOO" + "OOO" + "RRRRRR" + "OOOO" + "O"
+    assert batch.segmentation.broken.tolist() == [0, 0, int(BrokenReason.NO_PERCEPTION)]
+    with pytest.raises(ValueError, match="prompt_ends must have one text per response, 3, got 1"):
+        RolloutBatch.of(ids, mask, Characters(), OPTIONS, group_ids=torch.arange(3), prompt_ends=ends[:1])
+
+
+def test_prompt_id_is_the_prompts_own():
+    prompt, pixels = torch.tensor([5, 6, 7]), torch.rand(8, 3)
+    ids = [
+        prompt_id(prompt),
+        prompt_id(torch.tensor([5, 6])),
+        prompt_id(torch.tensor([7, 6, 5])),
+        prompt_id(prompt, {"pixel_values": pixels}),
+        prompt_id(prompt, {"pixel_values": pixels + 0.25}),
+        prompt_id(prompt, {"pixel_values_videos": pixels}),
+        prompt_id(prompt, {"pixel_values": pixels.reshape(4, 6)}),
+    ]
+    assert len(set(ids)) == len(ids)
+    assert all(0 <= number < 2**48 for number in ids)
+    # Whatever the dtype of the ids, the other inputs that are no tensors, and the place in memory.
+    assert prompt_id(prompt.int(), {"name": "cat"}) == ids[0] == prompt_id(torch.tensor([0, 5, 6, 7])[1:], {})
+    assert prompt_id(prompt, {"pixel_values": pixels.clone(), "note": None}) == ids[3]
+    assert prompt_id(prompt, {"pixel_values": torch.rand(4, 5, dtype=torch.bfloat16)}) not in ids
 
 
 def test_rollout_batch_of_segments_by_the_options():
@@ -381,7 +413,9 @@ def test_an_empty_batch_is_credited():
     planned = plan_of(batch)
     made = credited(batch, planned, image_counts=torch.zeros(4, 2).long())
     assert (made.advantages == 0).all()
-    assert all(value.isfinite() for value in made.metrics.values())
+    # Of nothing there is nothing to measure, and nothing is logged.
+    assert all(value.isnan() for value in made.metrics.values())
+    assert logged(made.metrics) == {}
 
 
 VOCABULARY = {
@@ -415,7 +449,7 @@ OF_CORRECT = {
 def test_the_metrics_are_the_one_vocabulary():
     batch = responses()
     planned = plan_of(batch)
-    counts, correct = torch.tensor([[2, 1], [1, 0], [1, 1], [0, 0]]), torch.tensor([True, False, True, False])
+    counts, correct = torch.tensor([[2, 1], [1, 0], [1, 1], [0, 0]]), torch.tensor([1, 0, 1, -1])
     made = credited(batch, planned, image_counts=counts, correct=correct)
     assert made.metrics.keys() == VOCABULARY | OF_CORRECT
     assert all(value.ndim == 0 and not value.requires_grad for value in made.metrics.values())
@@ -462,60 +496,8 @@ def test_logged_is_numbers_under_one_prefix():
     numbers = logged(made.metrics)
     assert numbers == {f"srpo/{name}": value.item() for name, value in made.metrics.items()}
     assert logged({}) == {}
+    assert logged({"a": torch.tensor(math.nan), "b": torch.tensor(1)}) == {"srpo/b": 1.0}
     assert logged({"a": torch.tensor(2), "b": torch.tensor(0.5)}) == {"srpo/a": 2.0, "srpo/b": 0.5}
-
-
-# check_first_batch
-
-ASKING = ["Answer as <p>...</p><t>...</t>.\nWhat is this?"]
-PLAIN = ["What is this?"]
-BROKEN = ["it is a cat\x01", "so <t>broken\x01", "<p>a cat\x01", "<p>a</p></t>\x01"]
-
-
-def test_check_first_batch_passes_roles_in_silence(caplog):
-    check_first_batch(responses(), OPTIONS, prompts=PLAIN, image_counts=torch.tensor([[1, 0]] * 4))
-    check_first_batch(responses([*BROKEN[:3], RESPONSES[0]]), OPTIONS, prompts=PLAIN)
-    assert not caplog.records
-
-
-def test_check_first_batch_without_roles_is_an_error_where_nobody_asks_for_tags(caplog):
-    message = (
-        "no response of the first batch has the structure <p>...</p><t>...</t> "
-        r"\(1 no_perception, 2 unclosed, 1 stray_close\), and the prompts do not ask for it: name the tags"
-    )
-    with pytest.raises(ValueError, match=message):
-        check_first_batch(responses(BROKEN), OPTIONS, prompts=PLAIN)
-    assert not caplog.records
-
-
-def test_check_first_batch_without_roles_is_a_warning_where_the_prompts_ask(caplog):
-    with caplog.at_level(logging.WARNING, logger="srpo_core"):
-        check_first_batch(responses(BROKEN), OPTIONS, prompts=ASKING)
-    (record,) = caplog.records
-    assert record.name == "srpo_core"
-    assert "no response of the first batch has the structure" in record.getMessage()
-    assert "all weights are 1" in record.getMessage()
-
-
-@pytest.mark.parametrize("off", [{"strength": 0.0}, {"mix": 0.0}])
-def test_check_first_batch_of_plain_grpo_needs_no_roles(off, caplog):
-    check_first_batch(responses(BROKEN), SRPOConfig(**TAGS, **off), prompts=PLAIN)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("tag", ["<p>", "<t>"])
-def test_check_first_batch_refuses_a_prompt_that_ends_inside_a_block(tag):
-    prompts = [*ASKING, f"What?\nassistant: {tag}\n"]
-    with pytest.raises(ValueError, match=f"the chat template ends the prompt with '{tag}'.* take the tag out"):
-        check_first_batch(responses(), OPTIONS, prompts=prompts)
-
-
-def test_check_first_batch_refuses_a_corruption_that_changed_nothing():
-    counts = torch.tensor([[1, 1], [2, 2], [0, 0], [1, 1]])
-    with pytest.raises(ValueError, match="corruption='patch_mask' left all 4 images of the first batch as they were"):
-        check_first_batch(responses(), OPTIONS, prompts=ASKING, image_counts=counts)
-    for fine in (counts - torch.tensor([0, 1]) * (counts > 0), torch.zeros(4, 2).long()):
-        check_first_batch(responses(), OPTIONS, prompts=ASKING, image_counts=fine)
 
 
 # record
@@ -527,10 +509,13 @@ def test_record_goes_through_a_rollout_file_and_comes_back(tmp_path):
     made = credited(batch, planned)
     path = tmp_path / "rollouts.jsonl"
     with RolloutWriter(path, tokenizer=Characters(), tags=OPTIONS.tags) as writer:
-        writer.write(**record(batch, made, advantages=ADVANTAGES), step=3, rewards=[1.0, 0.0, 1.0, 0.0])
+        correct = torch.tensor([1, 0, -1, 0])
+        recorded = record(batch, made, advantages=ADVANTAGES, correct=correct)
+        writer.write(**recorded, step=3, rewards=[1.0, 0.0, 1.0, 0.0])
         writer.write(**record(batch, made, advantages=ADVANTAGES, rows=[2, 0]), step=4)
     lines = list(read_rollouts(path))
     assert [line.step for line in lines] == [3, 3, 3, 3, 4, 4]
+    assert [line.correct for line in lines] == [True, False, None, False, None, None]
     for line, row in zip(lines, [0, 1, 2, 3, 2, 0], strict=True):
         real = batch.mask[row]
         assert line.text == RESPONSES[row]

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from helpers import another_value
 from rollout_files import COMMANDS, HOSTILE, add_malformed, srpo, write_rollouts
@@ -18,6 +20,7 @@ from srpo_core.cli import demo, doctor, terminal
 from srpo_core.cli import weights as weights_module
 from srpo_core.cli.app import app
 from srpo_core.cli.terminal import heat_text
+from srpo_core.formats import PUBLISHED
 from srpo_core.report import report_rollouts
 from srpo_core.report.colors import REACH, SCALES, TEXT
 from srpo_core.rollouts import Rollout, RolloutWriter, ScoringOptions, read_rollouts
@@ -263,10 +266,11 @@ def test_weights_tries_options_on_recorded_log_probs(tmp_path):
     lines = output.split("\n")
     before = next(number for number, line in enumerate(lines) if line.startswith("perception, right answers"))
     assert lines[before].split()[-1] > "1.000"
-    assert lines[before + 1].split() == ["these", "options", "1.000", "1.000", "1.000", "1.000"]
+    assert lines[before + 1].split() == ["these", "options", "-", "1.000", "1.000", "1.000", "1.000"]
     new = list(read_rollouts(file.with_name("new.jsonl")))
     assert len(new) == 46
-    assert all((rollout.weights == 1).all() for rollout in new)
+    assert sum(rollout.weights is None for rollout in new) == 2  # of those nothing says what they are
+    assert all((rollout.weights == 1).all() for rollout in new if rollout.weights is not None)
     assert [rollout.text for rollout in new] == [rollout.text for rollout in read_rollouts(file)]
     # The two divergences were taken with the old weights, and say nothing of new ones.
     assert all(rollout.down_divergence is None for rollout in new)
@@ -279,7 +283,8 @@ def test_weights_tries_options_on_recorded_log_probs(tmp_path):
 def offered():
     """The command's options of weights, as its parser knows them."""
     known = {parameter.name: parameter for parameter in typer.main.get_command(app).commands["weights"].params}
-    return {name: known[name] for name in known.keys() - {"files", "output", "strict", "workers"}}
+    others = {"files", "output", "right", "strict", "workers", "format", "perception", "reasoning", "answer"}
+    return {name: known[name] for name in known.keys() - others}
 
 
 def test_the_options_of_weights_are_those_of_the_dataclass():
@@ -332,6 +337,91 @@ def test_options_of_weights_reach_the_weights(file, monkeypatch):
 )
 def test_options_of_weights_are_checked_under_their_names(file, arguments, message, code):
     assert message in srpo("weights", file, *arguments, code=code).stderr
+
+
+# Tags, on every command
+
+
+def of_one_response(tmp_path):
+    """A response that only the tags ``<d>`` and ``<r>`` parse, with contrasts: 6 tokens, 1 of each role."""
+    tokens = ["<d>", "red", "</d>", "<r>", "so", "</r>"]
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write(
+            [tokens],
+            old_log_probs=torch.full((1, 6), -1.0),
+            corrupted_log_probs=torch.full((1, 6), -2.0),
+            counterfactual_log_probs=torch.full((1, 6), -3.0),
+            rewards=[1.0],
+        )
+    return tmp_path / "r.jsonl"
+
+
+TAGS = {
+    "one value each": ["--perception", "<d> </d>", "--reasoning", "<r> ... </r>"],
+    "two values each": ["--perception", "<d>", "</d>", "--reasoning", "<r>", "</r>", "--answer", "none"],
+    "a grammar": ["--format", "perception = <d> ... </d>; reasoning = <r> ... </r>"],
+    "a grammar and a change": [
+        "--format",
+        "perception = <d> ... </d>; reasoning = <x> ... </x>",
+        "--reasoning",
+        "<r> </r>",
+    ],
+}
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+def test_tags_are_options_of_every_command_that_reads(tmp_path, tags):
+    file = of_one_response(tmp_path)
+    assert "0 of 1 responses parse" in srpo("segment", file).stdout
+    assert "1 of 1 responses parse" in srpo("segment", *tags, file).stdout
+    assert "malformed" in srpo("show", file).stdout
+    shown = srpo("show", file, *tags).stdout
+    assert "malformed" not in shown
+    assert re.search(r"perception +1 ", shown)
+    assert re.search(r"well-formed +0.0 %", srpo("report", file, "-o", tmp_path / "r.html").stdout)
+    reported = srpo("report", file, "-o", tmp_path / "r.html", *tags).stdout
+    assert re.search(r"well-formed +100.0 %", reported)
+    # A sixth of the tokens each, and of the weight, which the shared baseline keeps: 1 on average.
+    assert reported.count("on 16.7 % of the tokens") == 2
+    assert data_of(tmp_path / "r.html")["rows"][0]["roles"] != data_of_default(file, tmp_path)
+    srpo("weights", file, *tags, "-o", tmp_path / "new.jsonl")
+    (new,) = read_rollouts(tmp_path / "new.jsonl")
+    assert (new.tags.perception, new.tags.reasoning) == (("<d>", "</d>"), ("<r>", "</r>"))
+    assert new.weights[1] != 1
+    # What was written is read with the tags it was weighted with.
+    assert "1 of 1 responses parse" in srpo("segment", tmp_path / "new.jsonl").stdout
+
+
+def data_of_default(file, tmp_path):
+    srpo("report", file, "-o", tmp_path / "default.html")
+    return data_of(tmp_path / "default.html")["rows"][0]["roles"]
+
+
+def test_headings_and_published_formats_are_tags_too(tmp_path):
+    text = "### Perception\na cat\n### Reasoning\nit purrs\nAnswer: 3"
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([[text]])
+    headings = ["--perception", "### Perception", "--reasoning", "### Reasoning", "--answer", "Answer:"]
+    for tags in (headings, [word for word in headings if word not in ("--answer", "Answer:")] + ["--answer", "none"]):
+        assert "1 of 1 responses parse" in srpo("segment", *tags, tmp_path / "r.jsonl").stdout
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([[PUBLISHED["visionary-r1"].example]])
+    assert "0 of 1 responses parse" in srpo("segment", tmp_path / "r.jsonl").stdout
+    assert "1 of 1 responses parse" in srpo("segment", "--format", "visionary-r1", tmp_path / "r.jsonl").stdout
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (["--format", "vision-r0"], "--format must be one of 'default'"),
+        (["--format", "perception = <d>"], "--format is not a format: "),
+        (["--perception", "<d>"], "--perception must be two non-empty strings, an opening and a closing tag"),
+        (["--perception", "<think> </think>"], "each tag must mean one thing, got '<think>'"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tags_are_checked_under_their_names(file, command, tags, message):
+    assert message in srpo(*COMMANDS[command](file), *tags, code=1).stderr
 
 
 def test_doctor_names_versions_and_what_is_missing(monkeypatch):

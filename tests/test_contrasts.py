@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from barred import barred_batches
 from batches import batches
 from helpers import as_lists, close
 from hypothesis import given
@@ -53,9 +54,18 @@ def test_visual_dependency_and_perception_consistency_are_zero_where_the_other_o
 
 
 @BOTH
+@given(batch=barred_batches(), kind=st.sampled_from(KINDS), clip=st.sampled_from([0.1, 5.0, 30.0, math.inf]))
+def test_barred_tokens_equal_the_reference(batch, kind, clip, score, role, other_name):
+    tensors = (batch.log_probs, batch.corrupted_log_probs, batch.roles, batch.mask)
+    log_probs, other, roles, mask = tensors
+    actual = score(log_probs, roles, mask, other=other, kind=kind, clip=clip)
+    close(actual, reference_scores(*as_lists(*tensors), role, kind, clip), rtol=1e-10)
+
+
+@BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinities(kind, score, role, other_name):
-    """Excluded by both contexts: 0. By one: the clip, with the sign of the difference where the kind has one."""
+    """Barred by both contexts: 0. By one: the clip, with the sign of the difference where the kind has one."""
     log_probs = torch.tensor([[-math.inf, -1.0, -math.inf]])
     other = torch.tensor([[-math.inf, -math.inf, -1.0]])
     actual = score(log_probs, torch.full((1, 3), role), torch.ones(1, 3).bool(), other=other, kind=kind)
@@ -88,6 +98,8 @@ def test_wrong_values_and_options_are_named(score, role, other_name):
         score(nan, roles, mask, other=zeros)
     with pytest.raises(ValueError, match=f"^{other_name} is NaN at trajectory 0 token 1"):
         score(zeros, roles, mask, other=nan)
+    with pytest.raises(ValueError, match=f"^{other_name} is inf at trajectory 0 token 1.* barred token; look for"):
+        score(zeros, roles, mask, other=torch.tensor([[0.0, math.inf]]))
     for clip in (0.0, math.nan):
         with pytest.raises(ValueError, match=f"^clip must be above 0, got {clip}"):
             score(zeros, roles, mask, other=zeros, clip=clip)
@@ -112,3 +124,10 @@ def test_clip_divergence_is_the_divergence_where_it_is_read(batch, clip):
     close(actual, [[min(x, clip) if x == x else 0.0 for x in row] for row in divergence.tolist()])
     assert not actual.requires_grad
     assert clip_divergence(divergence.bfloat16(), batch.scored, clip=clip).dtype == torch.float32
+
+
+def test_an_infinite_divergence_is_one_of_20_nats():
+    """Where one context bars a token that the other allows; a score has to stay finite under any clip."""
+    divergence, where = torch.tensor([[math.inf, 3.0, math.inf]]), torch.tensor([[True, True, False]])
+    for clip, expected in ((5.0, 5.0), (30.0, 20.0), (math.inf, 20.0)):
+        assert clip_divergence(divergence, where, clip=clip).tolist() == [[expected, min(3.0, clip), 0.0]]

@@ -12,11 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srpo_core import corrupt_images
-from srpo_core.corruption import Key, Levels, Recipe, concatenate, corrupt_views, keys_of, needs_levels
+from srpo_core.corruption import Key, Levels, Recipe, corrupt_views, distinct, have_changed, keys_of, needs_levels
 from srpo_core.options import CorruptionKind
+from srpo_core.processor_values import Sides
 
 KINDS = sorted(set(get_args(CorruptionKind)) - {"none"})
 RANDOM_KINDS: list[CorruptionKind] = ["patch_mask", "noise", "patch_shuffle"]
+
+
+def write_views(views: list[Tensor], keys: list[Key], levels: Levels, recipe: Recipe) -> list[Tensor]:
+    targets = [torch.full_like(view, math.nan) for view in views]
+    moved = corrupt_views(views, targets, keys, levels, recipe)
+    assert moved == [not torch.equal(*pair) for pair in zip(views, targets, strict=True)]
+    return targets
 
 
 def corrupt_one(image: Tensor, prompt_id: int = 0, **options) -> Tensor:
@@ -276,12 +284,12 @@ def test_keys_of_images_are_their_prompt_and_their_place_in_it():
 def test_corrupt_views_of_several_sizes_are_those_of_each_alone(kind):
     views = [random_images(2, 3, *size, seed=seed) for seed, size in enumerate([(8, 8), (6, 10), (8, 8)])]
     keys, levels = [Key(1, 0, 0), Key(2, 0, 0), Key(1, 0, 1)], Levels(torch.tensor(0.0), torch.tensor(1.0))
-    recipe = Recipe(kind, None, 2, "raise", 0, 0)
-    together = corrupt_views(views, keys, levels, recipe)
+    recipe = Recipe.of(kind, None, Sides(2, 2), "raise", 0, 0)
+    together = write_views(views, keys, levels, recipe)
     assert [view.shape for view in together] == [view.shape for view in views]
     if kind != "other_image":
         for view, key, changed in zip(views, keys, together, strict=True):
-            (alone,) = corrupt_views([view], [key], levels, recipe)
+            (alone,) = write_views([view], [key], levels, recipe)
             assert torch.equal(alone, changed)
 
 
@@ -290,17 +298,21 @@ def test_needs_levels_is_true_of_the_kinds_that_paint(kind):
     """Those that look the same whatever black and white are called do not need them."""
     image = random_images(1, 1, 3, 8, 8)
     views = [image[0], random_images(1, 3, 8, 8, seed=1)]
-    keys, recipe = [Key(1, 0, 0), Key(2, 0, 0)], Recipe(kind, None, 2, "keep", 0, 0)
+    keys, recipe = [Key(1, 0, 0), Key(2, 0, 0)], Recipe.of(kind, None, Sides(2, 2), "keep", 0, 0)
     one, other = (
-        corrupt_views(views, keys, Levels(torch.tensor(black), torch.tensor(white)), recipe)[0]
+        write_views(views, keys, Levels(torch.tensor(black), torch.tensor(white)), recipe)[0]
         for black, white in ((0.0, 1.0), (-3.0, 2.0))
     )
     assert torch.equal(one, other) != needs_levels(kind)
 
 
-def test_concatenate_of_no_views_is_like_the_tensor_they_would_be_cut_from():
-    nothing = torch.zeros(0, 5)
-    assert concatenate([], like=nothing).shape == (0, 5)
-    assert torch.equal(
-        concatenate([torch.ones(1, 5), torch.zeros(2, 5)], like=nothing).sum(1), torch.tensor([5.0, 0, 0])
-    )
+def test_distinct_parts_have_their_label_and_values_in_common():
+    one, other = torch.ones(2, 3), torch.zeros(2, 3)
+    assert distinct([one, other, one.clone(), one, other], ["a", "a", "a", "b", "a"]) == [0, 1, 0, 3, 1]
+    assert distinct([], []) == []
+
+
+def test_have_changed_of_no_pair_is_empty():
+    one = torch.ones(2, 3)
+    assert have_changed([], []) == []
+    assert have_changed([one, one], [one.clone(), one + 1]) == [False, True]

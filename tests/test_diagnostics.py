@@ -48,42 +48,45 @@ def reference(batch, args, correct, donors, score_clip):
     for name, role in ROLES.items():
         tokens = [(i, t) for i, t in real if roles[i][t] == role]
         scored += tokens
-        expected[f"tokens/{name}/fraction"] = len(tokens) / len(real) if real else 0.0
-        of_weight = {"": tokens, "/right": [p for p in tokens if correct[p[0]]]}
-        of_weight["/wrong"] = [p for p in tokens if not correct[p[0]]]
+        expected[f"tokens/{name}/fraction"] = len(tokens) / len(real) if real else math.nan
+        of_weight = {"": tokens, "/right": [p for p in tokens if correct[p[0]] == 1]}
+        of_weight["/wrong"] = [p for p in tokens if correct[p[0]] == 0]
         for suffix, chosen in of_weight.items():
             values = [weights[i][t] for i, t in chosen]
             for key, percent in QUANTILES.items():
-                expected[f"weight/{name}{suffix}/{key}"] = quantile(values, percent) if values else 1.0
-            expected[f"weight/{name}{suffix}/mean"] = statistics.fmean(values) if values else 1.0
+                expected[f"weight/{name}{suffix}/{key}"] = quantile(values, percent) if values else math.nan
+            expected[f"weight/{name}{suffix}/mean"] = statistics.fmean(values) if values else math.nan
         values = [scores[i][t] for i, t in tokens]
         for key, percent in QUANTILES.items():
-            expected[f"score/{name}/{key}"] = quantile(values, percent) if values else 0.0
-        expected[f"score/{name}/std"] = statistics.pstdev(values) if values else 0.0
-        expected[f"score/{name}/clipped"] = statistics.fmean(abs(v) >= score_clip for v in values) if values else 0.0
+            expected[f"score/{name}/{key}"] = quantile(values, percent) if values else math.nan
+        expected[f"score/{name}/std"] = statistics.pstdev(values) if values else math.nan
+        expected[f"score/{name}/clipped"] = (
+            statistics.fmean(abs(v) >= score_clip for v in values) if values else math.nan
+        )
         noise = [(batch.old_log_probs[p] - batch.log_probs[p]).item() for p in tokens]
         noise = [max(-score_clip, min(score_clip, value)) for value in noise]
-        rms = math.sqrt(statistics.fmean(v * v for v in noise)) if noise else 0.0
+        rms = math.sqrt(statistics.fmean(v * v for v in noise)) if noise else math.nan
         expected[f"noise/{name}/rms"] = rms
-        expected[f"noise/{name}/above"] = statistics.fmean(abs(v) > 2 * rms for v in values) if values else 0.0
+        expected[f"noise/{name}/above"] = statistics.fmean(abs(v) > 2 * rms for v in values) if values else math.nan
     of_scored = [weights[i][t] for i, t in scored]
     square = len(of_scored) * sum(w * w for w in of_scored)
-    expected["tokens/effective_fraction"] = sum(of_scored) ** 2 / square if square else 1.0
+    expected["tokens/effective_fraction"] = sum(of_scored) ** 2 / square if square else math.nan
     plain = [batch.advantages[i].item() for i, _ in real]
     weighted = [weights[i][t] * batch.advantages[i].item() for i, t in real]
     norm = math.hypot(*plain) * math.hypot(*weighted)
-    expected["advantage/cosine"] = sum(a * b for a, b in zip(plain, weighted, strict=True)) / norm if norm else 1.0
+    expected["advantage/cosine"] = sum(a * b for a, b in zip(plain, weighted, strict=True)) / norm if norm else math.nan
     alive = [i for i in rows if any(mask[i])]
-    expected["right/fraction"] = statistics.fmean(correct[i] for i in alive) if alive else 0.0
+    known = [correct[i] for i in alive if correct[i] >= 0]
+    expected["right/fraction"] = statistics.fmean(known) if known else math.nan
     both = [i for i in rows if all(any(i == p[0] for p in scored if roles[p[0]][p[1]] == r) for r in ROLES.values())]
-    expected["swap/coverage"] = statistics.fmean(donors[i] >= 0 for i in both) if both else 0.0
+    expected["swap/coverage"] = statistics.fmean(donors[i] >= 0 for i in both) if both else math.nan
     return expected
 
 
 @given(batches(), st.data())
 def test_credit_diagnostics_equal_a_reference_with_loops(batch, data):
     rows = len(batch.mask)
-    correct = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+    correct = data.draw(st.lists(st.sampled_from([1, 0, -1]), min_size=rows, max_size=rows))
     donors = data.draw(st.lists(st.integers(-1, rows - 1), min_size=rows, max_size=rows))
     score_clip = data.draw(st.sampled_from([1e-3, 5.0]))
     args = inputs(batch)
@@ -102,9 +105,9 @@ def test_credit_diagnostics_equal_a_reference_with_loops(batch, data):
     old = credit_metrics(*args[:3], scores=args[3], broken=torch.zeros(rows, dtype=torch.int64))
     assert metrics.keys() == expected.keys() | old.keys()
     for name, value in expected.items():
-        assert metrics[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        assert metrics[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12, nan_ok=True), name
     for name, value in old.items():
-        assert torch.equal(metrics[name], value), name
+        assert torch.equal(metrics[name], value) or (metrics[name].isnan() and value.isnan()), name
     assert all(metric.ndim == 0 and not metric.requires_grad for metric in metrics.values())
 
 
@@ -152,15 +155,23 @@ def test_nothing_is_read_on_the_host():
 def test_compiled_whole_equals_eager():
     torch.compiler.reset()
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(*tensors(3, 5))
-    torch.testing.assert_close(compiled, everything(*tensors(3, 5)))
+    torch.testing.assert_close(compiled, everything(*tensors(3, 5)), equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_an_empty_batch_has_the_neutral_values(shape):
-    metrics = everything(*tensors(*shape))
-    assert metrics["weight/perception/p95"] == metrics["weight/reasoning/right/mean"] == 1
-    assert metrics["advantage/cosine"] == metrics["tokens/effective_fraction"] == 1
-    assert metrics["score/perception/p50"] == metrics["noise/reasoning/rms"] == metrics["swap/coverage"] == 0
+def test_of_an_empty_batch_nothing_is_measured(shape):
+    assert all(metric.isnan() for metric in everything(*tensors(*shape)).values())
+
+
+def test_a_role_without_tokens_is_not_measured_and_the_other_one_is():
+    ones, roles = torch.ones(1, 3), torch.tensor([[Role.OTHER, Role.PERCEPTION, Role.PERCEPTION]])
+    metrics = credit_diagnostics(ones, roles, ones.bool(), scores=ones, correct=torch.tensor([1]), score_clip=2.0)
+    absent = {name for name, metric in metrics.items() if metric.isnan()}
+    of_reasoning = {name for name in metrics if "reasoning" in name}
+    wrong = {name for name in metrics if "wrong" in name}
+    # Shares are known: no token is reasoning, which holds none of the weight.
+    assert absent == (of_reasoning | wrong) - {"tokens/reasoning/fraction", "weight/reasoning/mass"}
+    assert metrics["tokens/reasoning/fraction"] == metrics["weight/reasoning/mass"] == 0
 
 
 def test_a_token_that_both_passes_exclude_is_no_noise():
@@ -225,7 +236,7 @@ def test_credit_metrics_equal_a_reference_with_loops(batch, data):
     alive = [i for i in range(rows) if any(mask[i])]
 
     def share(of):
-        return sum(map(of, alive)) / len(alive) if alive else 0.0
+        return sum(map(of, alive)) / len(alive) if alive else math.nan
 
     expected = {"broken/fraction": share(lambda i: broken[i] != 0)}
     for reason in BrokenReason:
@@ -236,11 +247,12 @@ def test_credit_metrics_equal_a_reference_with_loops(batch, data):
     for name, role in ROLES.items():
         tokens = [(i, t) for i, t in real if roles[i][t] == role]
         values = [weights[i][t] for i, t in tokens]
-        expected[f"weight/{name}/mean"] = statistics.fmean(values) if values else 1.0
-        expected[f"weight/{name}/min"], expected[f"weight/{name}/max"] = min(values, default=1), max(values, default=1)
-        expected[f"weight/{name}/mass"] = math.fsum(values) / total if values else 0.0
-        expected[f"score/{name}/mean"] = statistics.fmean(scores[i][t] for i, t in tokens) if tokens else 0.0
+        expected[f"weight/{name}/mean"] = statistics.fmean(values) if values else math.nan
+        expected[f"weight/{name}/min"] = min(values, default=math.nan)
+        expected[f"weight/{name}/max"] = max(values, default=math.nan)
+        expected[f"weight/{name}/mass"] = math.fsum(values) / total if real else math.nan
+        expected[f"score/{name}/mean"] = statistics.fmean(scores[i][t] for i, t in tokens) if tokens else math.nan
     expected["structured/fraction"] = share(lambda i: any(roles[i][t] in ROLES.values() for k, t in real if k == i))
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        close(metrics[name], value)
+        close(metrics[name], value, equal_nan=True)

@@ -450,6 +450,169 @@ def test_extreme_logits_are_finite_and_exact():
     assert alone.log_probs.tolist() == alone.entropy.tolist() == [[0.0, 0.0, 0.0]]
 
 
+# Barred tokens: logits of minus infinity, and log-probs of minus infinity under the other policies
+
+
+def barred_problem(seed=45, batch=4, time=9, value=-math.inf, **how):
+    """A third of the vocabulary is barred by the bias; some sampled tokens are, and some by the other policies."""
+    made = problem(seed, batch, time, vocab=36, **{"bias": True, "spread": 0.5} | how)
+    g = torch.Generator().manual_seed(seed)
+
+    def some(share):
+        return made.mask & (torch.rand(made.mask.shape, generator=g) < share)
+
+    made.bias = made.bias.detach().index_fill(0, torch.arange(0, 36, 3), value).requires_grad_()
+    allowed = made.token_ids - made.token_ids.remainder(3) + 1
+    made.token_ids = torch.where(made.mask, torch.where(some(0.3), allowed - 1, allowed), -100)
+    by_policy = made.mask & (made.token_ids.remainder(3) == 0)
+    log_probs = torch.where(by_policy, -2.0, made.log_probs().detach() + 0.1)
+    # Of what the policy bars another one bars the half, and few others: each is a factor of e^20 to GSPO's mean.
+    made.old, made.ref = (
+        torch.where(made.mask, log_probs, torch.nan).masked_fill((by_policy & some(0.5)) | some(0.1), value)
+        for _ in range(2)
+    )
+    return made
+
+
+def barred_tokens(made):
+    """By the policy, and by it or the one that sampled."""
+    by_policy = made.mask & (made.token_ids.remainder(3) == 0)
+    return by_policy, by_policy | (made.mask & made.old.isneginf())
+
+
+def assert_same_loss(fused, plain, made):
+    close(fused.loss, plain.loss)
+    for key, value in plain.metrics.items():
+        assert value.isfinite()
+        close(fused.metrics[key], value)
+    expected = gradients(plain.loss, made.leaves)
+    for actual, wanted in zip(gradients(fused.loss, made.leaves), expected, strict=True):
+        assert wanted.isfinite().all()
+        close(actual, wanted)
+
+
+WAYS = {
+    "one pass": {},
+    "small chunks": {"chunk_tokens": 4},  # in which no response of GSPO's fits: two passes
+    "padded": {"active_tokens": 36},
+    "all columns": {"vocab_columns": 36},
+}
+
+
+@surrogates
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_barred_tokens_of_the_fused_loss_are_those_of_the_logits(name, way, frozen):
+    """Loss, metrics and gradients in every way to compute them; a barred token alone sends its hidden state nothing."""
+    made = barred_problem()
+    by_policy, barred = barred_tokens(made)
+    by_old = made.mask & made.old.isneginf()
+    assert (by_policy & by_old).any()
+    assert (by_policy & ~by_old).any()
+    assert (by_old & ~by_policy).any()
+    if frozen:
+        made.weight.requires_grad_(False)
+        made.bias.requires_grad_(False)
+    options = LossOptions(surrogate=SURROGATES[name], kl_coef=0.1)
+    assert_same_loss(made.fused(options, **WAYS[way]), made.plain(options), made)
+    (gradient,) = gradients(made.fused(options, **WAYS[way]).loss, [made.hidden])
+    assert (gradient[by_policy] == 0).all()
+    (gradient,) = gradients(made.fused(LossOptions(surrogate=name), **WAYS[way]).loss, [made.hidden])
+    assert (gradient[barred] == 0).all()
+    with torch.no_grad():
+        close(made.fused(options, **WAYS[way]).loss, made.plain(options).loss)
+
+
+@pytest.mark.parametrize("name", TOKEN_RATIO)
+def test_barred_tokens_may_be_left_out_with_those_without_credit(name):
+    made = barred_problem()
+    advantages = torch.where(torch.arange(9) % 2 == 0, made.token_advantages, 0.0)
+    options = LossOptions(surrogate=name)
+    credited = made.fused(options, advantages=advantages, active="credited")
+    real = made.fused(options, advantages=advantages)
+    close(credited.loss, real.loss)
+    for actual, expected in zip(gradients(credited.loss, made.leaves), gradients(real.loss, made.leaves), strict=True):
+        close(actual, expected)
+    assert all(metric.isfinite() for metric in credited.metrics.values())
+
+
+@surrogates
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *((dtype, -math.inf) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        # What masks also write for it. Float16's lowest number is a logit like any other in the float32 of the softmax.
+        *((dtype, torch.finfo(dtype).min) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_barred_tokens_in_every_precision(name, dtype, value):
+    made = barred_problem(value=value, dtype=dtype)
+    by_policy = barred_tokens(made)[0]
+    options = LossOptions(surrogate=SURROGATES[name], kl_coef=0.1)
+    fused, plain = made.fused(options), made.plain(options)
+    close(fused.loss.double(), plain.loss.double(), rtol=1e-4, atol=1e-5)
+    expected = gradients(plain.loss, made.leaves)
+    for actual, wanted in zip(gradients(fused.loss, made.leaves), expected, strict=True):
+        assert actual.isfinite().all()
+        assert relative_error(actual, wanted.double()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    (gradient,) = gradients(made.fused(options).loss, [made.hidden])
+    assert (gradient[by_policy] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["clip", "gspo_token"])
+def test_dropped_columns_and_shards_pass_barred_tokens_by(name):
+    made = barred_problem()
+    some = made.fused(LossOptions(surrogate=name), vocab_columns=32, chunk_tokens=18)
+    close(some.loss, made.plain(LossOptions(surrogate=name)).loss)
+    assert all(gradient.isfinite().all() for gradient in gradients(some.loss, made.leaves))
+    made.of_logits["shard"] = VocabShard(0, lambda values, how: values)
+    options = LossOptions(surrogate=name, kl_coef=0.1)
+    sharded = made.fused(options)
+    del made.of_logits["shard"]
+    assert_same_loss(sharded, made.plain(options), made)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fused_log_probs_and_entropy_of_barred_tokens(frozen):
+    """Minus infinity at the token, the entropy of the others, and a gradient of 0 where the loss sends one of 0."""
+    made = barred_problem()
+    if frozen:
+        made.weight.requires_grad_(False)
+        made.bias.requires_grad_(False)
+    by_policy = barred_tokens(made)[0]
+    both = made.fused_entropy(chunk_tokens=5)
+    assert torch.equal(both.log_probs.isneginf(), by_policy)
+    close(both.entropy, torch.where(made.mask, token_entropy(made.logits(), temperature=0.8), 0.0).detach())
+    sent = torch.where(by_policy, 0.0, 1.0).double()
+    actual = torch.autograd.grad(both.log_probs, made.leaves, sent)
+    expected = torch.autograd.grad(torch.where(made.mask, made.log_probs(), 0.0), made.leaves, sent)
+    for gradient, wanted in zip(actual, expected, strict=True):
+        close(gradient, wanted)
+    assert (actual[0][by_policy] == 0).all()
+
+
+def test_the_fused_loss_of_barred_tokens_equals_plain_loops():
+    """From the log-probs on, which are those of a softmax over the tokens that are not barred."""
+    made = barred_problem()
+    log_probs = torch.where(made.mask, made.log_probs().detach(), 0.0).tolist()
+    lists = [x.tolist() for x in (made.old, made.token_advantages, made.mask)]
+    kl = reference.kl_penalty(log_probs, made.ref.tolist(), lists[2])
+    for name in SURROGATES:
+        policy = reference.aggregate(reference.surrogate(log_probs, *lists, name), lists[2])
+        fused = made.fused(LossOptions(surrogate=name, kl_coef=0.2))
+        close(fused.loss, policy + 0.2 * reference.aggregate(kl, lists[2]))
+
+
+@pytest.mark.parametrize("name", ["cispo", "gspo_token"])
+def test_barred_tokens_compile_whole(name):
+    made = barred_problem(dtype=torch.float32)
+    options = LossOptions(surrogate=name, kl_coef=0.1)
+    eager, compiled = eager_and_compiled(made, options, {"chunk_tokens": 12}, backend="aot_eager")
+    torch.testing.assert_close(compiled, eager)
+    assert eager[0].isfinite()
+    assert all(gradient.isfinite().all() for gradient in eager[2])
+
+
 # Which tokens are computed
 
 

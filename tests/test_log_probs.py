@@ -12,7 +12,7 @@ from reference import divergence as reference_divergence
 from reference import softmax as reference_softmax
 from torch.autograd import gradcheck
 
-from srpo_core import token_divergence, token_log_probs
+from srpo_core import grpo_loss, token_divergence, token_log_probs
 from srpo_core.log_probs import divergence_of, token_entropy
 
 KINDS = ["full_kl", "reverse_kl", "jsd", "topk_kl"]
@@ -71,6 +71,42 @@ def test_impossible_tokens_add_nothing():
         assert token_divergence(z, other_logits=z, kind=kind).item() == 0.0
     assert token_divergence(torch.zeros(1, 1, 3), other_logits=z).item() == math.inf
     assert token_log_probs(z, torch.tensor([[2]])).item() == -math.inf
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_barred_token_without_credit_sends_no_gradient_to_the_logits(dtype, temperature):
+    """A loss gives a log-prob of minus infinity the gradient 0, and so the logits that it was made of."""
+    z = torch.tensor([[[1.0, 0.0, -math.inf], [1.0, 0.0, -math.inf]]], dtype=dtype, requires_grad=True)
+    log_probs = token_log_probs(z, torch.tensor([[2, 0]]), temperature=temperature)
+    assert log_probs[0, 0].item() == -math.inf
+    grpo_loss(log_probs, torch.ones(1, 2), torch.ones(1, 2).bool(), old_log_probs=log_probs.detach()).loss.backward()
+    assert z.grad[0, 0].tolist() == [0.0, 0.0, 0.0]
+    p = 1 / (1 + math.exp(-1 / temperature))
+    wanted = torch.tensor([p - 1, 1 - p, 0.0]) / temperature / 2
+    torch.testing.assert_close(z.grad[0, 1].float(), wanted, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_gradients_of_entropy_and_divergences_pass_barred_tokens_by(kind, top_k):
+    """They are those of the vocabulary without the tokens that both contexts bar, which get 0."""
+    few, few_other = (
+        torch.tensor([[row]], dtype=torch.float64, requires_grad=True) for row in ([0.3, 1.0, -0.2], [1.0, 0.5, 0.0])
+    )
+    many, many_other = (
+        torch.nn.functional.pad(x.detach(), (0, 2), value=-math.inf).requires_grad_() for x in (few, few_other)
+    )
+    options = {"kind": kind, "top_k": top_k}
+    expected = token_divergence(few, other_logits=few_other, **options) + token_entropy(few)
+    actual = token_divergence(many, other_logits=many_other, **options) + token_entropy(many)
+    close(actual, expected)
+    for x, y in zip(
+        torch.autograd.grad(actual.sum(), [many, many_other]),
+        torch.autograd.grad(expected.sum(), [few, few_other]),
+        strict=True,
+    ):
+        close(x, torch.nn.functional.pad(y, (0, 2)))
 
 
 @given(logits(), st.sampled_from([0.0, 1e3, -1e4]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from barred import barred_batches
 from batches import batches
 from helpers import SURROGATES, as_lists, close
 from hypothesis import given
@@ -87,8 +88,32 @@ def test_the_gradient_of_k3_is_bounded_and_never_lost(nats):
         assert slope == pytest.approx(1 - math.exp(5))
 
 
-def test_k3_of_a_token_that_the_reference_excludes_is_infinite_with_a_finite_gradient():
-    assert value_and_slope(-math.inf) == (math.inf, 1.0)
+@given(barred_batches(), st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_penalty_of_barred_tokens_equals_the_reference(batch, estimator):
+    log_probs = batch.log_probs.clone().requires_grad_()
+    penalty = kl_penalty(log_probs, batch.mask, ref_log_probs=batch.ref_log_probs, estimator=estimator)
+    close(penalty, reference.kl_penalty(*as_lists(batch.log_probs, batch.ref_log_probs, batch.mask), estimator))
+    (gradient,) = torch.autograd.grad(penalty.sum(), log_probs)
+    barred = batch.log_probs.isneginf() | batch.ref_log_probs.isneginf()
+    assert (gradient[barred | ~batch.mask] == 0).all()
+    # The other tokens have the gradient that they have among themselves.
+    alone = kl_penalty(log_probs, batch.mask & ~barred, ref_log_probs=batch.ref_log_probs, estimator=estimator)
+    assert torch.equal(gradient, torch.autograd.grad(alone.sum(), log_probs)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("estimator", "by_reference", "by_policy"),
+    [("k1", 20.0, -20.0), ("k2", 200.0, 200.0), ("k3", 19.0, 142.4131591 + 15 * 147.4131591)],
+)
+def test_kl_penalty_of_a_token_that_one_policy_bars_is_that_of_20_nats(dtype, estimator, by_reference, by_policy):
+    inf = math.inf
+    log_probs = torch.tensor([[-1.0, -inf, -inf]], dtype=dtype, requires_grad=True)
+    ref = torch.tensor([[-inf, -1.0, -inf]], dtype=dtype)
+    penalty = kl_penalty(log_probs, torch.ones(1, 3).bool(), ref_log_probs=ref, estimator=estimator)
+    penalty.sum().backward()
+    close(penalty, [[by_reference, by_policy, 0.0]], rtol=1e-6)
+    assert log_probs.grad.tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_k3_keeps_its_precision_near_the_reference():
@@ -244,6 +269,57 @@ def test_metrics_of_every_surrogate(batch, spread):
         close(metrics[name], math.fsum(estimates) / len(estimates))
     assert all(metric.ndim == 0 and not metric.requires_grad for metric in metrics.values())
     assert "kl/reference" not in loss_of(batch, LossOptions(), ref_log_probs=None).metrics
+
+
+@surrogates
+@given(batch=barred_batches())
+def test_loss_and_metrics_of_barred_tokens_equal_plain_loops(batch, name):
+    options = LossOptions(surrogate=name, kl_coef=0.1)
+    batch = replace(batch, log_probs=batch.log_probs.clone().requires_grad_())
+    loss, metrics = loss_of(batch, options)
+    new, old, ref, advantages, mask = as_lists(
+        batch.log_probs, batch.old_log_probs, batch.ref_log_probs, batch.token_advantages, batch.mask
+    )
+    policy = reference.aggregate(reference.surrogate(new, old, advantages, mask, name), mask)
+    kl = reference.aggregate(reference.kl_penalty(new, ref, mask), mask)
+    close(loss, policy + 0.1 * kl)
+    assert torch.autograd.grad(loss, batch.log_probs)[0].isfinite().all()
+    deltas = [
+        reference.log_ratio(p, q)
+        for rows in zip(new, old, mask, strict=True)
+        for p, q, real in zip(*rows, strict=True)
+        if real
+    ]
+    ratios = [math.exp(delta) for delta in deltas] or [1.0]
+    for key, expected in (
+        ("ratio/mean", math.fsum(ratios) / len(ratios)),
+        ("ratio/min", min(ratios)),
+        ("ratio/max", max(ratios)),
+        ("kl/old", math.fsum(map(reference.k3, deltas)) / max(len(deltas), 1)),
+        ("kl/reference", kl),
+    ):
+        close(metrics[key], expected)
+
+
+@surrogates
+def test_barred_tokens_compile_whole(name):
+    torch.compiler.reset()
+    inf, mask = math.inf, torch.ones(1, 5).bool()
+    old, ref = (torch.tensor([row]) for row in ([-1.0, -inf, -inf, -1.0, -2.0], [-inf, -inf, -1.0, -1.5, -2.0]))
+    options = LossOptions(surrogate=name, kl_coef=0.1)
+
+    def loss(log_probs):
+        return grpo_loss(log_probs, mask.float(), mask, options, old_log_probs=old, ref_log_probs=ref)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        log_probs = torch.tensor([[-1.0, -inf, -1.0, -inf, -1.9]], requires_grad=True)
+        value, metrics = function(log_probs)
+        value.backward()
+        # What only the reference bars still learns from its advantage.
+        assert (log_probs.grad == 0).tolist() == [[False, True, True, True, False]]
+        results.append((value.detach(), metrics, log_probs.grad))
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_one_outlier_does_not_rule_the_metric_of_the_sampling_policy():

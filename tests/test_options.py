@@ -64,6 +64,8 @@ def wrong_values(each, hint):
             yield 3
         if get_origin(kind) is tuple:
             yield from ("<tag>", ("<tag>",), ("<tag>", ""), ("<a>", "</a>", "<b>"), ("<tag>", 3), 3)
+        if kind is str:
+            yield from ("typo", "perception = ", 3, True)
         if kind is Surrogate:
             yield from ("typo", 3, {}, {"name": "typo"}, {"name": ["clip"]}, {"high": 0.1}, {"name": "clip", "typo": 1})
             yield from ({"name": "clip", "high": -0.1}, Clip)
@@ -195,6 +197,42 @@ def test_tags_of_yaml_and_no_answer_tags():
     for nothing in (None, "", [], ()):
         assert ContextOptions(answer_tags=nothing).answer_tags is None
     assert ContextOptions().tags == RoleTags()
+
+
+def test_response_format_is_a_name_or_the_lines_of_a_grammar():
+    assert ContextOptions().response_format == ""
+    assert ContextOptions(response_format="vision-sr1").tags == RoleTags(
+        ("<description>", "</description>"), ("<think>", "</think>"), ("\\boxed{", "}")
+    )
+    assert ContextOptions(response_format=" Headings\n").tags.perception == ("### Perception", "")
+    lines = "perception in reasoning = <p> ... </p>\nreasoning = <t> ... </t>\n"
+    assert SRPOConfig(response_format=lines).tags == RoleTags(("<p>", "</p>"), ("<t>", "</t>"), None, nested=True)
+    assert ContextOptions(perception_tags="### See", answer_tags=["Answer:"]).tags == RoleTags(
+        "### See", answer="Answer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"response_format": "vison-sr1"}, "^x.response_format must be one of 'default', .*did you mean 'vision-sr1'"),
+        ({"response_format": "<p>"}, "^x.response_format must be one of 'default', .*, or lines such as 'perception ="),
+        ({"response_format": "perception = <p>"}, "^x.response_format is not a format: line 1 of the format, 'perc"),
+        (
+            {"response_format": "default", "answer_tags": None},
+            "^x.response_format says what all tags are, and x.answer_tags is None as well: leave one of them out$",
+        ),
+        (
+            {"response_format": "nested", "perception_tags": ["<p>", "</p>"]},
+            "^x.response_format says what all tags are, and x.perception_tags is .'<p>', '</p>'. as well",
+        ),
+    ],
+)
+def test_response_format_is_refused_in_a_sentence(values, message):
+    with pytest.raises(ValueError, match=message):
+        SRPOConfig.read(values, named="x.{}")
+    with pytest.raises(OptionError, match=message.replace("x.", "")):
+        ContextOptions(**values)
 
 
 def test_tags_that_mean_two_things_are_named_together():

@@ -92,6 +92,18 @@ def test_gradient_reliance_by_hand():
     close(actual, [[2 * u[0] / sum(u), 2 * u[1] / sum(u), 0.0, 0.0]], rtol=1e-6)
 
 
+def test_a_barred_reasoning_token_adds_nothing_to_the_reliance_by_gradient():
+    """Its logit is minus infinity whatever the perception says; the others have the reliance they have among them."""
+    embeddings = torch.tensor([[[0.1], [0.3], [0.5], [0.0]]], requires_grad=True)
+    first, second = embeddings[0, 0, 0], embeddings[0, 1, 0]
+    logits = torch.stack([3 * first + second, 2 * second, first])
+    barred = logits.masked_fill(torch.tensor([False, False, True]), -math.inf).log_softmax(0)[2]
+    log_probs = torch.stack([torch.zeros(()), torch.zeros(()), F.logsigmoid(logits[0]), barred])[None]
+    assert log_probs[0, 3].item() == -math.inf
+    actual = gradient_reliance(log_probs, embeddings, torch.tensor([[P, P, R, R]]), torch.ones(1, 4).bool())
+    close(actual, [[1.5, 0.5, 0.0, 0.0]], rtol=1e-6)
+
+
 def test_a_copied_token_counts_however_sure_and_a_certain_one_fades():
     """To p = .999 the log-odds keep their slope; beyond, it falls with 1 - p and rounding cannot make it infinite."""
     roles, mask = torch.tensor([[P, P, R, R]]), torch.ones(1, 4).bool()
@@ -155,8 +167,9 @@ def test_gradient_reliance_names_what_is_wrong():
         gradient_reliance(log_probs, embeddings[:, :], roles, mask)
     with pytest.raises(ValueError, match="log_probs has no graph to embeddings"):
         gradient_reliance(log_probs, embeddings.detach(), roles, mask)
-    with pytest.raises(ValueError, match="log_probs is NaN at trajectory 0 token 1"):
-        gradient_reliance(log_probs + torch.tensor([[0.0, math.nan]]), embeddings, roles, mask)
+    for wrong, name in ((math.nan, "NaN"), (math.inf, "inf")):
+        with pytest.raises(ValueError, match=f"log_probs is {name} at trajectory 0 token 1"):
+            gradient_reliance(log_probs + torch.tensor([[0.0, wrong]]), embeddings, roles, mask)
     infinite = torch.stack([torch.zeros(1), (embeddings.sum((1, 2)) ** 2).sqrt() - 1.0], dim=1)
     with pytest.raises(ValueError, match="the gradient of log_probs by embeddings is NaN at trajectory 0 token 0"):
         gradient_reliance(infinite, embeddings, roles, mask)
@@ -372,6 +385,13 @@ def test_apply_reliance_equals_the_reference(inputs, mode):
     close(actual, expected, equal_nan=True)
     others = ~(batch.mask & (batch.roles == P))
     assert torch.equal(actual[others].nan_to_num(9.0), batch.scores[others].nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("mode", ["product", "share"])
+def test_apply_reliance_reads_an_infinite_divergence_as_20_nats(mode):
+    reliance, roles, mask = torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([[P, P, R]]), torch.ones(1, 3).bool()
+    actual = apply_reliance(torch.tensor([[math.inf, 4.0, 1.0]]), roles, mask, reliance=reliance, mode=mode)
+    assert actual.tolist() == [[0.0, 8.0 if mode == "product" else 24.0, 1.0]]
 
 
 def test_apply_reliance_computes_in_float32_without_a_gradient():

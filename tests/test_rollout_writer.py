@@ -1,7 +1,10 @@
 """What is written is read again, whatever a trainer's tensors look like; a run that crashed goes on without a trace."""
 
+import base64
+import errno
 import io
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -13,8 +16,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import EOS, byte_bpe
 
 from srpo_core import RoleTags, counterfactual_responses, segment_responses
-from srpo_core.rollouts import SCHEMA_PATH, RolloutWriter, read_rollouts
-from srpo_core.rollouts import writer as writer_module
+from srpo_core.rollouts import SCHEMA_PATH, RolloutWriter, line_file, read_rollouts
 
 SCHEMA = jsonschema.Draft202012Validator(json.loads(SCHEMA_PATH.read_text()))
 TEXT = "<perception>a cat</perception><think>it purrs</think><answer>cat</answer>"
@@ -110,30 +112,220 @@ def test_texts_need_no_tokenizer_and_the_mask_says_where_they_lie(tmp_path):
     assert (last.id, last.finished, last.tags) == ("last", False, RoleTags())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tokens": torch.zeros(1, 2).long(), "mask": torch.ones(1, 2).bool()}, "need RolloutWriter.path, tokenizer"),
-        ({"tokens": [["a"]], "mask": torch.ones(1, 2).bool()}, "exactly the tokens at which the mask is True"),
-        ({"tokens": [["a"]], "rewards": [1.0, 2.0]}, "reward: 2 values for 1 responses"),
-        ({"tokens": [["a"]], "rewards": [float("nan")]}, "reward is nan at response 0"),
-        ({"tokens": [["a", "b"]], "weights": torch.ones(1, 1)}, "weights has shape .1, 1., too small"),
-        ({"tokens": [["a"]], "old_log_probs": torch.tensor([[torch.nan]])}, "old_log_probs is nan at response 0 token"),
-        ({"tokens": [["a"]], "weights": torch.tensor([[torch.inf]])}, "weights is inf at response 0 token 0"),
-        ({"tokens": [["a"]], "weights": -torch.ones(1, 1)}, "weights is -1.0 at response 0 token 0; it is at least 0"),
-        (
-            {"tokens": [["a"]], "up_divergence": torch.ones(1, 1), "down_divergence": -torch.ones(1, 1)},
-            "down_divergence is -1.0 at response 0 token 0; it is at least 0",
-        ),
-        ({"tokens": [["a"]], "up_divergence": torch.ones(1, 1)}, "are written together: pass both or neither"),
-        ({"tokens": [["a"]], "scores": torch.tensor([[torch.nan]])}, "scores is nan at response 0 token 0"),
-        ({"tokens": [["a"]], "images": [torch.zeros(4, 2, 2)]}, "1 or 3 channels, height, width"),
-    ],
-)
-def test_a_batch_that_cannot_be_written_is_refused_whole(tmp_path, arguments, message):
+WRONG_CALLS = [
+    ({"tokens": torch.zeros(1, 2).long(), "mask": torch.ones(1, 2).bool()}, "need RolloutWriter.path, tokenizer"),
+    ({"tokens": torch.zeros(1, 2).long()}, "need the mask"),
+    ({"tokens": [["a"]], "mask": torch.ones(1, 2).bool()}, "exactly the tokens at which the mask is True"),
+    ({"tokens": [["a"]], "mask": torch.ones(1, 1)}, "mask must be a boolean .batch, time. tensor, got float32.1, 1."),
+    ({"tokens": [["a"]], "mask": torch.ones(2, 1).bool()}, "mask has 2 rows for the tokens of 1 responses"),
+    ({"tokens": ["a"]}, "tokens must be a list of the texts of tokens for each response, got a text"),
+    ({"tokens": [["a"]], "rewards": [1.0, 2.0]}, "reward: 2 values for 1 responses"),
+    ({"tokens": [["a"]], "rewards": torch.ones(1, 1)}, "reward must have one value for each response, shape .1,."),
+    ({"tokens": [["a"]], "prompts": "a"}, "prompt must be a list of one value for each response, got a str"),
+    ({"tokens": [["a", "b"]], "weights": torch.ones(1, 1)}, "weights has shape .1, 1.; it must be .1, 2., or wider"),
+    ({"tokens": [["a"]], "scores": [[1.0]]}, "scores must be a .batch, time. tensor, got a list"),
+    (
+        {"tokens": [["a"]], "mask": torch.tensor([[True, False]]), "weights": torch.ones(1, 3)},
+        "weights has shape .1, 3.; it must be .1, 2., as the mask",
+    ),
+    ({"tokens": [["a"]], "up_divergence": torch.ones(1, 1)}, "are written together: pass both or neither"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS)
+def test_a_first_call_that_is_wrong_is_refused_whole(tmp_path, arguments, message):
     with RolloutWriter(tmp_path / "r.jsonl") as writer, pytest.raises(ValueError, match=message):
         writer.write(**arguments)
     assert (tmp_path / "r.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS)
+def test_a_later_call_that_is_wrong_ends_no_training(tmp_path, arguments, message, caplog):
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["first"]])
+        writer.write(**arguments)
+        writer.write(**arguments)
+        writer.write([["last"]])
+        ((_, reason), count), *others = writer.left_out.items()
+    assert (reason, count, others) == ("a call that is wrong", 2, [])
+    assert len(re.findall(message, caplog.text)) == 1
+    read = list(read_rollouts(tmp_path / "r.jsonl"))
+    assert (read[0].text, read[-1].text) == ("first", "last")
+    assert {rollout.text for rollout in read[1:-1]} <= {"a", "ab"}
+
+
+class Odd:
+    """What a line cannot hold, and what does not even print."""
+
+    def __repr__(self):
+        raise RuntimeError("no name")
+
+
+NAN, INF = torch.nan, torch.inf
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "field", "reason"),
+    [
+        ("old_log_probs", torch.tensor([[-1.0, NAN]]), "old_log_probs", "NaN"),
+        ("old_log_probs", torch.tensor([[-1.0, INF]]), "old_log_probs", "infinite, or beyond single precision"),
+        ("corrupted_log_probs", torch.tensor([[0.5, -1.0]]), "corrupted_log_probs", "above 0, which no log-prob"),
+        ("scores", torch.tensor([[NAN, 0.0]]), "scores", "NaN"),
+        ("scores", torch.tensor([[-INF, 0.0]]), "scores", "infinite"),
+        ("scores", torch.tensor([[1e39, 0.0]]).double(), "scores", "infinite, or beyond single precision"),
+        ("weights", torch.tensor([[INF, 1.0]]), "weights", "infinite"),
+        ("weights", torch.tensor([[-1.0, 1.0]]), "weights", "below 0"),
+        ("roles", torch.tensor([[99, 1]]), "roles", "not 0, 1 or 2"),
+        ("roles", torch.tensor([[-1, 1]]), "roles", "not 0, 1 or 2"),
+        ("broken", torch.tensor([99]), "broken", "none of BrokenReason"),
+        ("rewards", [float("nan")], "reward", "NaN"),
+        ("rewards", torch.tensor([INF]), "reward", "infinite"),
+        ("rewards", ["much"], "reward", "a str, which is no number"),
+        ("rewards", [Odd()], "reward", "TypeError"),
+        ("advantages", np.array([np.nan]), "advantage", "NaN"),
+        ("correct", torch.tensor([2]), "correct", "neither true nor false"),
+        ("correct", [0.5], "correct", "neither true nor false"),
+        ("group_ids", [float("nan")], "group", "a float, neither a whole number nor a text"),
+        ("group_ids", [(1, 2)], "group", "a tuple, neither a whole number nor a text"),
+        ("prompts", [[{"role": "user", "content": "how many?"}]], "prompt", "a list, which is no text"),
+        ("references", [b"3"], "reference", "a bytes, which is no text"),
+        ("step", -1, "step", "not a whole number, at least 0"),
+        ("step", 0.5, "step", "not a whole number, at least 0"),
+        ("open_at_start", ["middle"], "open_at_start", "no kind of block"),
+        ("extra", [3], "extra", "a int, not a mapping"),
+        ("extra", [{"odd": Odd()}], "extra", "a Odd, which JSON cannot hold"),
+        ("extra", [{"number": float("nan")}], "extra", "not JSON (ValueError)"),
+        ("images", [Odd()], "image", "a Odd, which is no image"),
+        ("images", [torch.zeros(5, 2, 2)], "image", "an array that is not of 1, 3 or 4 channels, height and width"),
+        ("images", [np.zeros((0, 4, 3))], "image", "an image without pixels"),
+        ("images", [b"not a picture"], "image", "UnidentifiedImageError"),
+        ("images", [{"caption": "a cat"}], "image", "an object without bytes or path"),
+        ("images", ["data:image/png;base64,!"], "image", "a data: address that is not base64"),
+    ],
+)
+def test_what_cannot_be_written_is_absent_counted_and_warned_of_once(tmp_path, caplog, argument, value, field, reason):
+    path = tmp_path / "r.jsonl"
+    with RolloutWriter(path) as writer:
+        for _ in range(3):  # the first batch too: it is the data that are odd
+            writer.write([["a", "b"]], **{argument: value})
+        ((name, why), count), *others = writer.left_out.items()
+        warned = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warned) == 1
+        assert f"{field} cannot be written and is left out: " in warned[0].getMessage()
+    assert (name, count, others) == (field, 3, [])
+    assert why.startswith(reason)
+    # When it is closed, the file says what it lacks.
+    assert caplog.records[-1].getMessage().startswith(f"{path} lacks what could not be written: {field} 3 ({reason}")
+    for line in path.read_text().splitlines():
+        SCHEMA.validate(json.loads(line))
+        assert json.loads(line).keys() - {"extra"} == {"tokens"}
+        assert json.loads(line).get("extra", {}) == {}
+    assert len(list(read_rollouts(path))) == 3
+
+
+def test_only_what_cannot_be_written_is_absent(tmp_path):
+    """Of a batch the other responses, of a response the other fields, of an extra the other keys."""
+    path = tmp_path / "r.jsonl"
+    up, down = torch.ones(3, 2), torch.ones(3, 2)
+    down[1, 0] = NAN
+    weights = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, NAN]])
+    with RolloutWriter(path) as writer:
+        writer.write(
+            [["a", "b"]] * 3,
+            weights=weights,
+            up_divergence=up,
+            down_divergence=down,
+            rewards=[1.0, float("nan"), None],
+            correct=[True, None, -1],
+            prompts=[None, "why?", 7],
+            step=np.int64(4),
+            group_ids=[np.int64(1), "one", 2.0],
+            extra=[{"a": {1, 2}, "b": np.float32(0.5), 3: torch.tensor([1])}, None, {"n": np.nan}],
+        )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("weights") for line in lines] == [[1, 2], [1, 2], None]
+    # One divergence without the other says nothing.
+    assert [line.get("up_divergence") for line in lines] == [[1, 1], None, [1, 1]]
+    assert [line.get("down_divergence") for line in lines] == [[1, 1], None, [1, 1]]
+    assert [line.get("reward") for line in lines] == [1, None, None]
+    assert [line.get("correct") for line in lines] == [True, None, None]
+    assert [line.get("prompt") for line in lines] == [None, "why?", "7"]
+    assert [line["step"] for line in lines] == [4, 4, 4]
+    assert [line["group"] for line in lines] == [1, "one", 2]
+    assert [line.get("extra") for line in lines] == [{"b": 0.5, "3": [1]}, None, {}]
+    # None is no fault: it says that a value is not known.
+    assert writer.left_out == {
+        ("weights", "NaN"): 1,
+        ("down_divergence", "NaN"): 1,
+        ("reward", "NaN"): 1,
+        ("extra", "a set, which JSON cannot hold"): 1,
+        ("extra", "not JSON (ValueError)"): 1,
+    }
+
+
+def test_tokens_that_cannot_be_decoded_are_written_all_the_same(tmp_path):
+    class Strict:
+        eos_token_id = 0
+
+        def decode(self, ids):
+            return "".join(" abc"[token] for token in ids)  # of a larger id an IndexError
+
+    ids = torch.tensor([[1, 2, 0], [1, 99, 3]])
+    with RolloutWriter(tmp_path / "r.jsonl", tokenizer=Strict()) as writer:
+        writer.write(ids, torch.ones(2, 3).bool(), weights=torch.ones(2, 3))
+        assert writer.left_out == {("tokens", "ids that cannot be decoded"): 1}
+    first, second = read_rollouts(tmp_path / "r.jsonl")
+    assert first.pieces == ["a", "b", " "]
+    assert second.pieces == ["a", "\N{REPLACEMENT CHARACTER}", "c"]
+    assert len(second.weights) == 3
+    assert (first.finished, second.finished) == (True, False)
+
+
+def test_a_full_disk_ends_no_training_and_tears_no_line(tmp_path, monkeypatch, caplog):
+    """Of a file system that takes 100 bytes, then none, then everything."""
+    room = [100]
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            taken = min(room[0], len(data))
+            if not taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room[0] -= taken
+            return super().write(bytes(data)[:taken])
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, **options: Disk(self, mode.replace("b", "")))
+    path = tmp_path / "r.jsonl"
+    with RolloutWriter(path) as writer:
+        monkeypatch.undo()
+        write_step(writer, 0, rows=1)
+        write_step(writer, 1, rows=9)
+        write_step(writer, 2, rows=1)
+        assert writer.left_out == {("response", "No space left on device"): 9 + (room[0] == 0)}
+        assert caplog.text.count("No space left on device") == 1
+        room[0] = 10**6
+        write_step(writer, 3, rows=2)
+    assert ids_of(path)[0] == "0/0"
+    assert ids_of(path)[-2:] == ["3/0", "3/1"]
+    assert not [name for name in ids_of(path) if name.startswith("1/")]
+
+
+def test_a_device_without_room_and_a_closed_file_end_no_training(tmp_path, caplog):
+    with RolloutWriter("/dev/full") as writer:
+        for _ in range(3):
+            writer.write([["a"]] * 2)
+        assert writer.left_out == {("response", "No space left on device"): 6}
+    assert caplog.text.count("cannot be written") == 1
+    writer = RolloutWriter(tmp_path / "r.jsonl")
+    writer.close()
+    writer.write([["a"]])
+    assert writer.left_out == {("response", "ValueError"): 1}
+
+
+def test_a_path_that_cannot_be_written_is_named_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "r.jsonl"):
+        with pytest.raises(OSError, match=str(tmp_path)):
+            RolloutWriter(path)
 
 
 def test_divergences_of_any_size_keep_their_digits(tmp_path):
@@ -149,7 +341,14 @@ def test_divergences_of_any_size_keep_their_digits(tmp_path):
 
 def test_a_tokenizer_needs_an_end(tmp_path):
     with pytest.raises(ValueError, match="eos_token_id must be given"):
-        RolloutWriter(tmp_path / "r.jsonl", tokenizer=byte_bpe())
+        RolloutWriter(tmp_path / "r.jsonl", tokenizer=Endless())
+
+
+class Endless:
+    """A tokenizer that knows no token that ends a response."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -167,6 +366,142 @@ def test_images_are_saved_once_each(tmp_path, channels):
     shown = np.asarray(Image.open(tmp_path / first))
     np.testing.assert_array_equal(shown, pixels.permute(1, 2, 0).numpy().squeeze())
     assert Image.open(tmp_path / third).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "F", "I"])
+def test_images_of_every_mode_are_shown(tmp_path, mode):
+    """As near to their colors as the mode allows."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (3, 2), "white")
+    picture = (
+        picture.convert("RGBA").convert("RGBa") if mode == "RGBa" else picture.convert(mode if mode != "PA" else "P")
+    )
+    picture = picture.convert("PA") if mode == "PA" else picture
+    assert picture.mode == mode
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a"]] * 2, images=[picture, [picture, None]])
+        assert not writer.left_out
+    one, other = (rollout.image for rollout in read_rollouts(tmp_path / "r.jsonl"))
+    assert one == other
+    shown = Image.open(tmp_path / one)
+    assert shown.format == "PNG"
+    assert shown.size == (3, 2)
+    assert shown.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_two_palettes_are_two_images(tmp_path):
+    from PIL import Image
+
+    pictures = [Image.new("P", (2, 2), 0) for _ in range(2)]
+    for picture, color in zip(pictures, ([255, 0, 0], [0, 0, 255]), strict=True):
+        picture.putpalette(color)
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a"]] * 2, images=pictures)
+    colors = [Image.open(tmp_path / r.image).convert("RGB").getpixel((0, 0)) for r in read_rollouts(writer.path)]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_arrays_bytes_and_what_data_sets_hold_are_images(tmp_path):
+    from PIL import Image
+
+    pixels = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "BMP")
+    images = [
+        pixels,
+        pixels / 255,
+        (pixels / 255).astype(np.float16),
+        pixels.astype(np.float32),
+        pixels.astype(np.int64),
+        pixels.astype(np.uint16) * 257,
+        pixels > 0,
+        torch.tensor(pixels).permute(2, 0, 1),
+        torch.tensor(pixels).permute(2, 0, 1)[None].to(torch.bfloat16) / 255,
+        np.moveaxis(pixels, 2, 0),
+        np.concatenate([pixels, np.full((2, 2, 1), 255, np.uint8)], 2),
+        file.getvalue(),
+        {"bytes": file.getvalue(), "path": None},
+        {"type": "image", "image": pixels},
+        [pixels, pixels],
+        f"data:image/bmp;base64,{base64.b64encode(file.getvalue()).decode()}",
+        np.stack([pixels[..., 0]] * 3, 2)[:, :, :1],
+    ]
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a"]] * len(images), images=images)
+    assert writer.left_out == {("image", "all but the first of several"): 1}
+    shown = [np.asarray(Image.open(tmp_path / r.image).convert("RGB")) for r in read_rollouts(writer.path)]
+    for each in shown[:-1]:
+        np.testing.assert_array_equal(each, pixels)
+    np.testing.assert_array_equal(shown[-1], pixels[..., :1].repeat(3, 2))
+    with RolloutWriter(tmp_path / "paths.jsonl") as writer:
+        names = ["there.png", Path("there.png"), {"path": "there.png"}, "https://example.org/cat.png", {}, "", []]
+        writer.write([["a"]] * len(names), images=names)
+    paths = [rollout.image for rollout in read_rollouts(tmp_path / "paths.jsonl")]
+    assert paths == ["there.png"] * 3 + ["https://example.org/cat.png", None, None, None]
+
+
+def test_a_torn_image_file_is_absent_and_no_part_of_one_stays(tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    lazy = Image.open(tmp_path / "torn.png")
+    with RolloutWriter(tmp_path / "r.jsonl") as writer:
+        writer.write([["a"]], images=[lazy])
+        assert list(writer.left_out) == [("image", "OSError")]
+
+        def full(self, content):
+            with open(self, "wb") as file:
+                file.write(content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        picture = Image.new("RGB", (2, 2))
+        writer.write([["a"]], images=[picture])
+        monkeypatch.undo()
+        assert list((tmp_path / "r_images").iterdir()) == []
+        writer.write([["a"]], images=[picture])  # and what had no room once has it now
+    assert [rollout.image is None for rollout in read_rollouts(writer.path)] == [True, True, False]
+
+
+anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
+anything |= st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.floats(), max_size=2)
+anything |= st.builds(Odd) | st.complex_numbers() | st.dates() | st.sets(st.integers(), max_size=2)
+
+
+@given(st.data())
+def test_nothing_that_a_batch_may_hold_raises_or_spoils_a_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("r") / "r.jsonl"
+    names = ["rewards", "advantages", "correct", "perception_correct", "group_ids", "finished", "prompts"]
+    names += ["references", "images", "ids", "open_at_start", "extra", "broken", "donors"]
+    values = {name: data.draw(st.lists(anything, min_size=2, max_size=2)) for name in names if data.draw(st.booleans())}
+    per_token = {
+        name: torch.tensor(data.draw(st.lists(st.lists(st.floats(), min_size=1, max_size=1), min_size=2, max_size=2)))
+        for name in ("old_log_probs", "scores", "weights")
+    }
+    with RolloutWriter(path, correct_by="chance > 0") as writer:
+        writer.write([["a"], ["b"]], step=data.draw(anything), **values, **per_token)
+    assert ("response", "a call that is wrong") not in writer.left_out
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for line in lines[:-1]:
+        SCHEMA.validate(json.loads(line))
+    assert [rollout.text for rollout in read_rollouts(path)] == ["a", "b"]
+
+
+def test_the_rule_of_right_and_the_open_block_and_every_shape_of_tags_survive(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RolloutWriter(path, correct_by="accuracy > 0") as writer:
+        writer.write([["a"]] * 3, correct=torch.tensor([1, 0, -1]), open_at_start=["reasoning", None, "perception"])
+        writer.write([["a"]], open_at_start="answer")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        SCHEMA.validate(line)
+    assert [rollout.correct for rollout in read_rollouts(path)] == [True, False, None, None]
+    # A rule that did not tell is known too; without an argument there was none.
+    assert [rollout.correct_by for rollout in read_rollouts(path)] == ["accuracy > 0"] * 3 + [None]
+    kinds = [rollout.open_at_start for rollout in read_rollouts(path)]
+    assert kinds == ["reasoning", None, "perception", "answer"]
 
 
 # Resuming
@@ -209,7 +544,7 @@ def test_a_crashed_run_that_resumes_writes_no_line_twice_and_loses_none(tmp_path
 @pytest.mark.parametrize("block", [1, 7, 2**16])
 def test_a_torn_last_line_never_takes_the_next_with_it(tmp_path, monkeypatch, block):
     """Cut at every byte, also in the middle of a character."""
-    monkeypatch.setattr(writer_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(line_file, "_BLOCK_BYTES", block)
     path = tmp_path / "rollouts.jsonl"
     with RolloutWriter(path) as writer:
         write_step(writer, 0, rows=2)
@@ -252,7 +587,7 @@ NO_STEP, MALFORMED = '{"text": ""}\n', '{"text": \n'
 )
 @pytest.mark.parametrize("block", [1, 2**16])
 def test_only_the_end_of_the_file_is_removed(tmp_path, monkeypatch, lines, kept, block):
-    monkeypatch.setattr(writer_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(line_file, "_BLOCK_BYTES", block)
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(lines))
     RolloutWriter(path, resume_at=5).close()
@@ -302,5 +637,5 @@ def test_resuming_reads_no_more_than_what_it_removes(tmp_path, monkeypatch, torn
     monkeypatch.undo()
     assert path.read_text() == "".join(lines[: (steps - 10) * rows])
     removed = sum(map(len, lines[(steps - 10) * rows :])) + len(torn)
-    assert path.stat().st_size > 20 * writer_module._BLOCK_BYTES
-    assert removed < sum(read) < removed + 2 * writer_module._BLOCK_BYTES
+    assert path.stat().st_size > 20 * line_file._BLOCK_BYTES
+    assert removed < sum(read) < removed + 2 * line_file._BLOCK_BYTES

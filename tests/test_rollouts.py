@@ -195,5 +195,5 @@ def test_read_rollouts_reports_a_torn_last_line_and_loses_no_other(tmp_path):
 
 def test_a_rollout_knows_what_counts_as_right():
     assert Rollout(text="").is_right is None
-    assert Rollout(text="", reward=0.1).is_right is True
+    assert Rollout(text="", reward=0.1).is_right is None  # with a format bonus every wrong answer has that
     assert Rollout(text="", reward=0.1, correct=False).is_right is False

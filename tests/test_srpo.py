@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import reference
 import torch
+from barred import barred_batches
 from batches import batches
 from helpers import as_lists, close, loss_and_gradient
 from hypothesis import given, settings
@@ -163,6 +164,54 @@ def test_infinite_log_probs_have_a_score_and_leave_finite_weights(batch):
     assert made.weights.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [*TOKEN_RATIO, "gspo_token"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_srpo_loss_of_barred_tokens_equals_the_reference(data, name, dtype):
+    """Minus infinity anywhere in the five contexts: scores, weights, loss and slopes, all of them by plain loops."""
+    batch = data.draw(barred_batches(dtype=dtype))
+    options = SRPOConfig(surrogate=name, kl_coef=0.1, reduction="sum")
+    loss, gradient = srpo(batch, options, ref_log_probs=batch.ref_log_probs)
+    new, old, corrupted, counterfactual, ref, roles, mask = as_lists(
+        batch.log_probs,
+        batch.old_log_probs,
+        batch.corrupted_log_probs,
+        batch.counterfactual_log_probs,
+        batch.ref_log_probs,
+        batch.roles,
+        batch.mask,
+    )
+    visual = reference.scores(old, corrupted, roles, mask, reference.PERCEPTION)
+    consistency = reference.scores(old, counterfactual, roles, mask, reference.REASONING)
+    scores = [[v + c for v, c in zip(*rows, strict=True)] for rows in zip(visual, consistency, strict=True)]
+    weights = reference.weights(scores, roles, mask)
+    advantages = [[a * w for w in row] for a, row in zip(batch.advantages.tolist(), weights, strict=True)]
+    policy = reference.aggregate(reference.surrogate(new, old, advantages, mask, name), mask, "sum")
+    kl = reference.aggregate(reference.kl_penalty(new, ref, mask), mask, "sum")
+    exact = dtype == torch.float64
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-4, "atol": 1e-3}
+    close(loss, policy + 0.1 * kl, **tolerance)
+    assert gradient.isfinite().all()
+    assert (gradient[batch.log_probs.isneginf() | ~batch.mask] == 0).all()
+    plain, slopes = srpo(batch, replace(options, kl_coef=0.0))
+    assert plain.isfinite()
+    if exact:
+        close(slopes, reference.surrogate_slopes(new, old, advantages, mask, name), **tolerance)
+    assert (slopes[batch.old_log_probs.isneginf()] == 0).all()
+
+
+@given(barred_batches())
+def test_divergences_may_be_infinite_where_a_context_bars_tokens(batch):
+    divergence = torch.where(batch.log_probs.isneginf(), torch.inf, batch.scores.abs())
+    for clip in (5.0, math.inf):
+        options = CreditOptions(visual_score="full_kl", consistency_score="full_kl", score_clip=clip)
+        made = credit_of(batch, options, visual_divergence=divergence, consistency_divergence=divergence)
+        expected = torch.where(divergence.isinf(), 20.0, divergence).clamp(max=clip)
+        assert torch.equal(made.scores, torch.where(batch.scored, expected, 0.0))
+        assert made.weights.isfinite().all()
+
+
 @given(batches())
 def test_weights_depend_neither_on_the_cut_nor_on_neighbors_nor_on_padding(batch):
     together = credit_of(batch).advantages
@@ -243,8 +292,9 @@ def test_metrics(batch):
             close(metrics[f"weight/{name}/mass"], weights[where].sum() / weights.sum())
             close(metrics[f"score/{name}/mean"], made.scores[where].mean())
         else:
-            assert metrics[f"weight/{name}/mean"] == 1
-            assert metrics[f"weight/{name}/mass"] == metrics[f"score/{name}/mean"] == 0
+            assert metrics[f"weight/{name}/mean"].isnan()
+            assert metrics[f"score/{name}/mean"].isnan()
+            assert not batch.mask.any() or metrics[f"weight/{name}/mass"] == 0
     real = batch.mask.any(1)
     if real.any():
         close(metrics["structured/fraction"], batch.scored.any(1)[real].double().mean())
@@ -323,6 +373,16 @@ def test_nan_at_a_real_token_is_named(name):
         srpo_advantages(old, *rollout, **others)
 
 
+@pytest.mark.parametrize("name", ["old_log_probs", "corrupted_log_probs", "counterfactual_log_probs"])
+def test_plus_infinity_at_a_real_token_is_named(name):
+    log_probs, *rollout = nothing(2, 3)
+    others = dict.fromkeys(("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs"), log_probs)
+    others[name] = log_probs.clone()
+    others[name][1, 2] = math.inf
+    with pytest.raises(ValueError, match=rf"{name} is inf at trajectory 1 token 2 \(1 such values.* barred token"):
+        srpo_loss(log_probs, *rollout, **others)
+
+
 def test_nan_is_refused_only_where_it_is_read():
     """A divergence may be NaN at tokens of the other role, and so may the reliance."""
     log_probs, advantages, roles, mask = nothing(1, 3)
@@ -357,8 +417,8 @@ def test_empty_and_all_broken_batches_are_neutral():
         )
         loss.backward()
         assert loss.isfinite()
-        assert metrics["weight/perception/mean"] == 1
-        assert metrics["structured/fraction"] == 0
+        assert metrics["weight/perception/mean"].isnan()
+        assert metrics["structured/fraction"].isnan() if 0 in shape else metrics["structured/fraction"] == 0
 
 
 # torch.compile

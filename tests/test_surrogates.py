@@ -8,6 +8,7 @@ import helpers
 import pytest
 import reference
 import torch
+from barred import barred_batches
 from batches import batches
 from helpers import as_lists, close
 from hypothesis import given, settings
@@ -146,6 +147,104 @@ def test_runaway_ratios_saturate(surrogate):
     assert log_probs.grad.isfinite().all()
 
 
+# Barred tokens: a log-prob of minus infinity
+
+
+@each_of(SURROGATES)
+@given(batch=barred_batches())
+def test_surrogates_of_barred_tokens_equal_the_reference(batch, surrogate):
+    """Value, slope and metrics: barred by both policies, by one or the other, with advantages of either sign."""
+    for chosen in (type(surrogate)(), surrogate):
+        args, given_ = inputs(batch), parameters(chosen)
+        log_probs = batch.log_probs.clone().requires_grad_()
+        losses = losses_of(chosen, replace(batch, log_probs=log_probs))
+        close(losses, reference.surrogate(*args, chosen.name, **given_))
+        (slopes,) = torch.autograd.grad(losses.sum(), log_probs)
+        close(slopes, reference.surrogate_slopes(*args, chosen.name, **given_))
+        barred = batch.mask & (batch.log_probs.isneginf() | batch.old_log_probs.isneginf())
+        assert (slopes[barred] == 0).all()
+        options = LossOptions(surrogate=chosen)
+        metrics = grpo_loss(
+            batch.log_probs, batch.token_advantages, batch.mask, options, old_log_probs=batch.old_log_probs
+        ).metrics
+        for name, value in reference.surrogate_metrics(*args, chosen.name, **given_).items():
+            close(metrics[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("surrogate", "loss"),
+    # CISPO: -(1 * -1 + 0 + 1 * -2) / 3; SAPO: its gate at ratio 1 is 4 * 1/2.
+    [(Clip(), -1.0), (CISPO(), 1.0), (SAPO(), -2.0), (GSPO(), -1.0), (GSPOToken(), -1.0)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_token_that_both_policies_bar_by_hand(surrogate, loss, dtype):
+    old = torch.tensor([[-1.0, -math.inf, -2.0]], dtype=dtype)
+    log_probs, mask = old.clone().requires_grad_(), torch.ones(1, 3).bool()
+    actual, metrics = grpo_loss(
+        log_probs, torch.ones_like(old), mask, LossOptions(surrogate=surrogate), old_log_probs=old
+    )
+    actual.backward()
+    assert actual.item() == pytest.approx(loss, abs=1e-6)
+    third = pytest.approx(-1 / 3, rel=1e-2 if dtype.itemsize == 2 else 1e-6)
+    assert log_probs.grad.tolist() == [[third, 0.0, third]]
+    assert metrics["ratio/mean"] == metrics["ratio/min"] == metrics["ratio/max"] == 1.0
+    assert metrics["kl/old"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "advantage", "loss"),
+    [
+        (-math.inf, -1.0, 2.0, -2.0 * math.exp(-20)),
+        (-math.inf, -1.0, -2.0, 2.0 * 0.8),
+        (-1.0, -math.inf, 2.0, -2.0 * 1.2),
+        (-1.0, -math.inf, -2.0, 2.0 * math.exp(20)),
+    ],
+)
+def test_a_token_that_one_policy_bars_by_hand(new, old, advantage, loss):
+    """The ratio saturates at e^-20 or e^20, as that of any other runaway token does."""
+    log_probs = torch.tensor([[new, -1.0]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[advantage, 1.0]], dtype=torch.float64)
+    other = torch.tensor([[old, -1.0]], dtype=torch.float64)
+    losses = Clip()(log_probs, advantages, torch.ones(1, 2).bool(), old_log_probs=other)
+    losses.sum().backward()
+    close(losses, [[loss, -1.0]])
+    assert log_probs.grad.tolist() == [[0.0, -1.0]]
+
+
+@each_of(SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_lowest_number_of_a_dtype_bars_a_token_as_minus_infinity_does(surrogate, dtype):
+    """Trainers fill masked logits with either; a temperature or a normalizer moves the lowest number a little."""
+
+    def result(value):
+        new, old = (
+            torch.tensor([row], dtype=dtype) for row in ([value, value, -2.0, -1.5], [value, -1.0, value, -1.6])
+        )
+        new.requires_grad_()
+        losses = surrogate(new, torch.full_like(old, -1.0), torch.ones(1, 4).bool(), old_log_probs=old)
+        losses.sum().backward()
+        return losses.detach(), new.grad
+
+    expected = result(-math.inf)
+    assert all(each.isfinite().all() for each in expected)
+    for value in (torch.finfo(dtype).min, 0.7 * max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)):
+        for actual, wanted in zip(result(value), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@each_of(SURROGATES)
+@pytest.mark.parametrize("name", ["log_probs", "old_log_probs"])
+@pytest.mark.parametrize("others", [-1.0, -math.inf, math.inf])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_plus_infinity_is_no_log_probability_and_makes_the_loss_nan(surrogate, name, others, advantage):
+    tensors = dict.fromkeys(("log_probs", "old_log_probs"), torch.tensor([[others, -1.0]]))
+    tensors[name] = torch.tensor([[math.inf, -1.0]])
+    assert surrogate(advantages=torch.full((1, 2), advantage), mask=torch.ones(1, 2).bool(), **tensors)[0, 0].isnan()
+    padding = torch.tensor([[False, True]])
+    assert surrogate(advantages=torch.full((1, 2), advantage), mask=padding, **tensors).isfinite().all()
+
+
 def test_gspo_refuses_token_advantages_and_says_why():
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2).bool()
     with pytest.raises(ValueError, match=r"advantages differ inside a response; GSPO's sequence-level .*gspo_token"):
@@ -221,6 +320,26 @@ def test_a_surrogate_of_the_user_is_known_by_its_name_and_checked(leaky):
         LossOptions(surrogate={"name": "leaky", "leak": 2})
     with pytest.raises(ValueError, match="^surrogate must be one of 'clip', .*'leaky'"):
         LossOptions(surrogate="leeky")
+
+
+def test_a_surrogate_of_the_user_sees_no_infinity(registry):
+    """So REINFORCE in one line is right at barred tokens as well."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Reinforce(Surrogate):
+        name = "reinforce"
+
+        def losses(self, log_ratio, log_probs, advantages, mask):
+            return -log_ratio.detach().exp() * advantages * log_probs
+
+    inf = math.inf
+    log_probs = torch.tensor([[-1.0, -inf, -inf, -0.5, math.nan]], requires_grad=True)
+    old = torch.tensor([[-1.0, -inf, -1.0, -inf, math.nan]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    losses = Reinforce()(log_probs, torch.ones(1, 5), mask, old_log_probs=old)
+    losses.sum().backward()
+    close(losses, [[1.0, 0.0, 0.0, 0.5 * math.exp(20), 0.0]], rtol=1e-6)
+    assert log_probs.grad.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
 def test_the_fixture_forgets_what_a_test_defines():

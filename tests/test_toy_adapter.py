@@ -16,8 +16,9 @@ from srpo_core import (
     plan,
     token_log_probs,
 )
-from srpo_core.batch import check_first_batch, ending_ids, logged
+from srpo_core.batch import ending_ids, logged
 from srpo_core.pixel_values import count_images
+from srpo_core.watch import RunWatch
 
 TAGS = {"perception_tags": ("<p>", "</p>"), "reasoning_tags": ("<t>", "</t>"), "answer_tags": None}
 PROMPTS = ["Look, and answer as <p>...</p><t>...</t>."]
@@ -85,6 +86,10 @@ class ToyTrainer:
 class SRPOToyTrainer(ToyTrainer):
     """The adapter: where the responses come from, how one view is scored, where the advantages go."""
 
+    def __init__(self, policy: nn.Module, options: SRPOConfig) -> None:
+        super().__init__(policy, options)
+        self.watch = RunWatch(options, Characters())
+
     def token_advantages(
         self, images: Tensor, token_ids: Tensor, mask: Tensor, group_ids: Tensor, old_log_probs: Tensor, rewards: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
@@ -102,8 +107,7 @@ class SRPOToyTrainer(ToyTrainer):
         )
         seen = {"original": images, "corrupted": changed}
         counts = count_images(images, changed, images_per_row=[1] * len(images))
-        if self.steps == 0:
-            check_first_batch(batch, options, prompts=PROMPTS, image_counts=counts)
+        self.watch.look(batch, prompts=PROMPTS, image_counts=counts)
         planned = plan(batch, options, has_images=True, pad_token_id=PAD)
         with torch.no_grad():
             scored = {

@@ -48,6 +48,55 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+@cache
+def wordpiece() -> Tokenizer:
+    """WordPiece like BERT's, which writes a space before each word."""
+    words = ["[UNK]", "the", "cat", "see", "##s", "3", ".", *map(chr, range(ord("a"), ord("z") + 1))]
+    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.add_special_tokens([EOS, PADDING])
+    return tokenizer
+
+
+class PythonTokenizer:
+    """Decodes as the Python tokenizers of transformers 4 do, around the decoder of another tokenizer.
+
+    ``PreTrainedTokenizer._decode`` in ``tokenization_utils.py`` of transformers 4.57: each run of tokens between added
+    tokens is decoded alone, the parts are joined with spaces, and spaces before punctuation are removed, all of it
+    unless told otherwise. A special token that the class knows by name stays in its run. ``prepends`` is what the
+    slow LlamaTokenizer does: a space before an added token in spite of everything.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, prepends: bool = False) -> None:
+        self._tokenizer, self._prepends = tokenizer, prepends
+        self.eos_token_id = tokenizer.token_to_id(EOS)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
+        return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+
+    def _decode(self, ids, skip_special_tokens, clean_up, spaces_between_special_tokens=True, **ignored):
+        parts, run = [], []
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token in [*ids, None]:
+            if token is not None and token not in added:
+                run.append(token)
+                continue
+            if run:
+                parts.append(self._tokenizer.decode(run))
+            run = []
+            if token is not None and not (skip_special_tokens and added[token].special):
+                parts.append(" " * self._prepends + added[token].content)
+        text = (" " if spaces_between_special_tokens else "").join(parts)
+        if clean_up is not False:
+            for mark in (" .", " ?", " !", " ,"):
+                text = text.replace(mark, mark[1:])
+        return text
+
+
 def with_tags(tokenizer: Tokenizer, tags: tuple[str, ...], *, special: bool = False) -> Tokenizer:
     """The same with every tag a token of its own."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -62,6 +111,8 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
         return piece.encode()
     if isinstance(tokenizer.model, models.BPE):
         return bytes(_BYTE_OF[character] for character in piece)
+    if isinstance(tokenizer.model, models.WordPiece):
+        return piece.removeprefix("##").encode() if piece.startswith("##") else f" {piece}".encode()
     if piece.startswith("<0x"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()

@@ -6,10 +6,11 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from srpo_openrlhf import hooks
-from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, ROLLOUTS_VARIABLE, dump_config, option_parser, parse_options
+from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config, option_parser, parse_options
 from srpo_openrlhf.settings import check_arguments, check_config
 
 _STOCK = "openrlhf.cli.train_ppo_ray"
@@ -31,16 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nThe rest is {_STOCK}'s:\n", flush=True)
         _run_stock(["--help"])
         return
-    config, rollouts, rest = parse_options(argv)
+    config, rest = parse_options(argv)
     check_config(config)
     # Here, too, so that an unsupported version fails before any worker starts.
     hooks.install()
     for name in hooks.NAMES:
         importlib.import_module(name)
-    variables = {ENVIRONMENT_VARIABLE: dump_config(config)}
-    if rollouts is not None:  # a worker has a folder of its own
-        variables[ROLLOUTS_VARIABLE] = os.path.abspath(rollouts)
-    _hook_workers(variables)
+    if config.rollouts is not None:  # a worker has a folder of its own
+        config = replace(config, rollouts=os.path.abspath(config.rollouts))
+    _hook_workers({ENVIRONMENT_VARIABLE: dump_config(config)})
     _check_before_start()
     _run_stock(rest)
 

@@ -6,7 +6,6 @@ order in which they were sampled, so that neither swaps nor scales depend on how
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -17,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srpo_core import Credit, RolloutBatch, credit, plan
-from srpo_core.batch import View, check_first_batch, ending_ids, logged, record
-from srpo_core.pixel_values import corrupt_rows, image_facts
+from srpo_core.batch import View, ending_ids, logged, prompt_id, record
+from srpo_core.pixel_values import corrupt_rows, image_facts, refuse_unknown_pixels, vision_patch_size
 from srpo_core.rollouts import RolloutWriter
-from srpo_openrlhf.options import ROLLOUTS_VARIABLE, load_config
+from srpo_core.watch import RunWatch
+from srpo_openrlhf.options import load_config
 from srpo_openrlhf.proof import Arrival
 
 __all__ = ["Weighting", "patch_maker"]
@@ -48,7 +48,7 @@ class Weighting:
     """Weights the batches of one experience maker, each after OpenRLHF made it and before it is sent to the actors.
 
     Args:
-        maker: A ``RemoteExperienceMaker``. The options and the file for the rollouts come from the environment.
+        maker: A ``RemoteExperienceMaker``. The options come from the environment.
     """
 
     def __init__(self, maker: Any) -> None:
@@ -57,16 +57,21 @@ class Weighting:
         # In a vision-language run OpenRLHF passes the processor off as the tokenizer.
         self.tokenizer = getattr(maker.tokenizer, "tokenizer", maker.tokenizer)
         self.facts = image_facts(maker.tokenizer)
+        self.video_facts = image_facts(getattr(maker.tokenizer, "video_processor", None))
+        self.patch_size = None if self.facts is None else vision_patch_size(_model_config(maker))
         self.ending = ending_ids(self.tokenizer, _generation_config(maker.args.actor.model_name_or_path))
         self.step = _first_step(maker)
+        self.watch = RunWatch(self.config, self.tokenizer, named="--srpo.{}")
+        self.correct = self.config.correct_rule
         self.arrival: Arrival | None = None
         self.writer: RolloutWriter | None = None
-        if (path := os.environ.get(ROLLOUTS_VARIABLE)) is not None:
+        if self.config.rollouts is not None:
             self.writer = RolloutWriter(
-                path,
+                self.config.rollouts,
                 tokenizer=self.tokenizer,
                 tags=self.config.tags,
                 eos_token_id=self.ending,
+                correct_by=None if self.correct is None else str(self.correct),
                 resume_at=self.step or None,
             )
 
@@ -77,22 +82,22 @@ class Weighting:
         Args:
             experiences: The micro-batches of one rollout batch, with advantages that are equal along each response.
         """
-        batch = self._batch(experiences)
         images = _by_row(experiences, [each.mm_train_inputs or [None] * len(each.index) for each in experiences])
-        _refuse_other_inputs(images)
-        corrupted, image_counts = corrupt_rows(
-            images, batch.group_ids.tolist(), self.config, self.facts, step=self.step
-        )
+        for inputs in images:
+            refuse_unknown_pixels(inputs or {})
         prompts = _by_row(experiences, [each.prompts for each in experiences])
-        if self.arrival is None:
-            check_first_batch(
-                batch,
-                self.config,
-                prompts=list(dict.fromkeys(prompts)),
-                image_counts=image_counts,
-                named="--srpo.{}",
-            )
-        else:
+        batch = self._batch(experiences, prompts, images)
+        corrupted, image_counts = corrupt_rows(
+            images,
+            batch.group_ids.tolist(),
+            self.config,
+            self.facts,
+            step=self.step,
+            video_facts=self.video_facts,
+            patch_size=self.patch_size,
+        )
+        self.watch.look(batch, prompts=list(dict.fromkeys(prompts)), image_counts=image_counts)
+        if self.arrival is not None:
             self.arrival.check()
 
         planned = plan(
@@ -106,6 +111,8 @@ class Weighting:
         stock = _stack(experiences, [each.advantages for each in experiences]).float()
         first = batch.mask.int().argmax(dim=1, keepdim=True)
         advantages = torch.where(batch.mask.any(dim=1), stock.gather(1, first).squeeze(1), 0.0)
+        rewards = torch.tensor(_by_row(experiences, [each.rewards.reshape(-1).tolist() for each in experiences]))
+        correct = None if self.correct is None else self.correct(rewards, _by_function(experiences))
         credited = credit(
             batch,
             planned,
@@ -115,6 +122,7 @@ class Weighting:
             advantages=advantages,
             step=self.step,
             image_counts=image_counts,
+            correct=correct,
         )
 
         metrics = logged(credited.metrics)
@@ -127,13 +135,14 @@ class Weighting:
         if self.arrival is None:
             self.arrival = Arrival(self.maker.actor_model_group, experiences)
         if self.writer is not None:
-            rewards = _by_row(experiences, [each.rewards.reshape(-1).tolist() for each in experiences])
-            recorded = record(batch, credited, advantages=advantages)
+            recorded = record(batch, credited, advantages=advantages, correct=correct)
             self.writer.write(**recorded, rewards=rewards, prompts=prompts, step=self.step)
         self.step += 1
         return credited
 
-    def _batch(self, experiences: Sequence[Any]) -> RolloutBatch:
+    def _batch(
+        self, experiences: Sequence[Any], prompts: Sequence[str], images: Sequence[Mapping[str, Any] | None]
+    ) -> RolloutBatch:
         """The micro-batches as one batch, without the first token of each sequence, which nothing scores."""
         mask = _stack(experiences, [each.action_mask for each in experiences]).bool()
         return RolloutBatch.of(
@@ -141,8 +150,13 @@ class Weighting:
             mask,
             self.tokenizer,
             self.config,
-            # As compute_advantages_and_returns groups the rewards.
-            group_ids=torch.arange(len(mask)) // self.maker.args.rollout.n_samples_per_prompt,
+            group_ids=torch.tensor(
+                [
+                    prompt_id(torch.tensor(list(prompt.encode())), seen)
+                    for prompt, seen in zip(prompts, images, strict=True)
+                ]
+            ),
+            prompt_ends=prompts,
             ending=self.ending,
             attended=_stack(experiences, [each.attention_mask[:, 1:] for each in experiences]).bool(),
         )
@@ -197,10 +211,19 @@ def _by_row(experiences: Sequence[Any], parts: Sequence[Sequence[T]]) -> list[T]
     return [values[row] for row in range(len(values))]
 
 
-def _refuse_other_inputs(images: Sequence[Mapping[str, Any] | None]) -> None:
-    for inputs in images:
-        if inputs and ("pixel_values" not in inputs or "pixel_values_videos" in inputs):
-            raise ValueError(f"SRPO corrupts images: it needs pixel_values and no videos, and found {sorted(inputs)}")
+def _by_function(experiences: Sequence[Any]) -> dict[str, Tensor]:
+    """What else a reward function said of each response: the numbers of each, by their names in ``info``."""
+    names = [
+        name for name in experiences[0].info if all(_is_per_row(each, each.info.get(name)) for each in experiences)
+    ]
+    return {
+        name: torch.tensor(_by_row(experiences, [each.info[name].reshape(-1).tolist() for each in experiences]))
+        for name in names
+    }
+
+
+def _is_per_row(experience: Any, values: Any) -> bool:
+    return isinstance(values, Tensor) and values.numel() == len(experience.index)
 
 
 def _first_step(maker: Any) -> int:
@@ -209,6 +232,15 @@ def _first_step(maker: Any) -> int:
         return 0
     states = ray.get(maker.actor_model_group.async_run_method(method_name="get_checkpoint_states"))
     return states[0].get("global_step", 0)
+
+
+def _model_config(maker: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(maker.args.actor.model_name_or_path, trust_remote_code=True)
+    except (OSError, ValueError):  # a folder without a config
+        return None
 
 
 def _generation_config(model: str) -> Any:

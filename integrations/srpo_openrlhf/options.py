@@ -4,24 +4,36 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, get_origin, get_type_hints
 
 from srpo_core import SRPOConfig
 from srpo_core.checked import kinds_of, names_of
 from srpo_core.options import adapter_options
+from srpo_core.rollouts import RecordingOptions
 
-__all__ = ["ENVIRONMENT_VARIABLE", "ROLLOUTS_VARIABLE", "dump_config", "load_config", "option_parser", "parse_options"]
+__all__ = ["ENVIRONMENT_VARIABLE", "OpenRLHFOptions", "dump_config", "load_config", "option_parser", "parse_options"]
 
 #: Carries the options to the Ray workers, as JSON.
 ENVIRONMENT_VARIABLE = "SRPO_OPENRLHF"
-#: Carries the path of the file that rollouts are written to, if there is one.
-ROLLOUTS_VARIABLE = "SRPO_OPENRLHF_ROLLOUTS"
 _PREFIX = "--srpo."
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenRLHFOptions(SRPOConfig, RecordingOptions):
+    """Every ``--srpo.*`` option: those that the core leaves to an adapter, and those that only record.
+
+    For `correct`, reward functions go by the names under which OpenRLHF has their values in an experience's ``info``.
+    """
+
+
+def _offered() -> dict[str, Any]:
+    return {each.name: each for each in fields(RecordingOptions)} | adapter_options()
+
+
 def option_parser() -> argparse.ArgumentParser:
-    """Parser of the ``--srpo.*`` options: those of :func:`~srpo_core.options.adapter_options`, and a file."""
+    """Parser of the ``--srpo.*`` options."""
     parser = argparse.ArgumentParser(
         "python -m srpo_openrlhf",
         usage="%(prog)s [--srpo.* ...] [any flag of openrlhf.cli.train_ppo_ray ...]",
@@ -30,26 +42,20 @@ def option_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("SRPO")
-    group.add_argument(
-        _PREFIX + "rollouts",
-        metavar="FILE",
-        help="Write every rollout batch to this JSON Lines file, for `srpo report` and the other commands. A resumed "
-        "run goes on with it.",
-    )
-    hints = get_type_hints(SRPOConfig)
-    for name, field in adapter_options().items():
+    hints = get_type_hints(OpenRLHFOptions)
+    for name, field in _offered().items():
         text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
         group.add_argument(_PREFIX + name, default=field.default, help=text, **_argument(hints[name]))
     return parser
 
 
-def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, str | None, list[str]]:
-    """The checked options, the file for the rollouts, and what is left of the command line for OpenRLHF, in its order.
+def parse_options(argv: Sequence[str]) -> tuple[OpenRLHFOptions, list[str]]:
+    """The checked options, and what is left of the command line for OpenRLHF, in its order.
 
     Exits with status 2 and a sentence if an option is unknown or out of range, as argparse does.
 
     Example:
-        >>> config, _, rest = parse_options(["--actor.adam.lr", "1e-6", "--srpo.strength", "0.5", "--seed", "1"])
+        >>> config, rest = parse_options(["--actor.adam.lr", "1e-6", "--srpo.strength", "0.5", "--seed", "1"])
         >>> config.strength, rest
         (0.5, ['--actor.adam.lr', '1e-6', '--seed', '1'])
     """
@@ -59,19 +65,18 @@ def parse_options(argv: Sequence[str]) -> tuple[SRPOConfig, str | None, list[str
     if unknown:
         parser.error(f"unknown option {unknown[0].partition('=')[0]}; python -m srpo_openrlhf --help lists them")
     values = {name.removeprefix("srpo."): value for name, value in vars(ours).items()}
-    rollouts = values.pop("rollouts")
     try:
-        return SRPOConfig.read_for_trainer(values, named=_PREFIX + "{}"), rollouts, rest
+        return OpenRLHFOptions.read_for_trainer(values, named=_PREFIX + "{}"), rest
     except ValueError as error:
         parser.error(str(error))
 
 
-def dump_config(config: SRPOConfig) -> str:
+def dump_config(config: OpenRLHFOptions) -> str:
     """The options as a string for an environment variable."""
-    return json.dumps({name: getattr(config, name) for name in adapter_options()})
+    return json.dumps({name: getattr(config, name) for name in _offered()})
 
 
-def load_config() -> SRPOConfig:
+def load_config() -> OpenRLHFOptions:
     """The options that the launcher put into this worker's environment.
 
     Raises:
@@ -80,7 +85,7 @@ def load_config() -> SRPOConfig:
     dumped = os.environ.get(ENVIRONMENT_VARIABLE)
     if dumped is None:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE} is not set in this Ray worker: start with python -m srpo_openrlhf")
-    return SRPOConfig.read_for_trainer(json.loads(dumped), named=_PREFIX + "{}")
+    return OpenRLHFOptions.read_for_trainer(json.loads(dumped), named=_PREFIX + "{}")
 
 
 def _argument(annotation: Any) -> dict[str, Any]:

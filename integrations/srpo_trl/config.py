@@ -1,7 +1,7 @@
 """The options of the core as flat fields of TRL's own config."""
 
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, make_dataclass
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Any, Union, get_origin, get_type_hints
 
 from trl import GRPOConfig
@@ -9,11 +9,13 @@ from trl import GRPOConfig
 import srpo_core
 from srpo_core.checked import kinds_of
 from srpo_core.options import adapter_options
+from srpo_core.rollouts import RecordingOptions
 from srpo_trl.upstream import trl_is
 
 __all__ = ["SRPOConfig"]
 
-_TYPES = get_type_hints(srpo_core.SRPOConfig)
+_TYPES = get_type_hints(srpo_core.SRPOConfig) | get_type_hints(RecordingOptions)
+_RECORDING = {each.name: each for each in fields(RecordingOptions)}
 
 
 def _flat(name: str, option: Field[Any]) -> tuple[str, Any, Any]:
@@ -28,7 +30,9 @@ def _flat(name: str, option: Field[Any]) -> tuple[str, Any, Any]:
 
 
 # Any: a type checker cannot know fields that are made at run time. Keyword-only: TRL's own fields stay the first ones.
-_Options: Any = make_dataclass("_Options", [_flat(*item) for item in adapter_options().items()], kw_only=True)
+_Options: Any = make_dataclass(
+    "_Options", [_flat(*item) for item in (adapter_options() | _RECORDING).items()], kw_only=True
+)
 
 #: Settings of TRL that exclude token weights: the option, whether its value is such a one, why, and what to do.
 _REFUSED: tuple[tuple[str, Callable[["SRPOConfig", Any], bool], str], ...] = (
@@ -58,17 +62,14 @@ class SRPOConfig(GRPOConfig, _Options):
         ValueError: If an option is unknown or out of range, or TRL cannot honor it.
     """
 
-    srpo_rollouts: str | None = field(
-        default=None,
-        metadata={
-            "help": "File (JSON Lines) to which every training batch is written, for `srpo report` and the other "
-            "commands. A resumed run continues it, a new one replaces it."
-        },
-    )
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.srpo_options()
+        self.srpo_recording()
+
+    def srpo_recording(self) -> RecordingOptions:
+        """The options that only record, checked."""
+        return RecordingOptions.read({name: getattr(self, f"srpo_{name}") for name in _RECORDING}, named="srpo_{}")
 
     def srpo_options(self) -> srpo_core.SRPOConfig:
         """The same options as the core keeps them, checked."""

@@ -7,7 +7,6 @@ a real checkpoint ``make_policy`` becomes ``from_pretrained`` and the warm start
 
 import argparse
 import random
-import re
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -26,12 +25,13 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from srpo_core import RoleTags, extract_answer
 from srpo_trl import SRPOConfig, SRPOTrainer
 
 GRAY = (128, 128, 128)
 COLORS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240)}
 CELL, GRID = 28, 3  # pixels along a cell, which is what one language-model token sees; cells along the image
-TAGS = ["<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>"]
+TAGS = [tag for pair in RoleTags().pairs.values() for tag in pair]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WORDS = [*COLORS, *map(str, range(10)), "user", "assistant", "count", "and", "plus", "is"]
@@ -76,8 +76,8 @@ def draw_problem(generator: random.Random) -> Problem:
 
 def reward_answer(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
     """1 for the right number between the answer tags, else 0. What was perceived earns nothing."""
-    found = [re.search(r"<answer>\s*(\d+)\s*</answer>", completion[0]["content"]) for completion in completions]
-    return [float(match is not None and int(match[1]) == truth) for match, truth in zip(found, answer, strict=True)]
+    pairs = zip(map(extract_answer, completions), answer, strict=True)
+    return [float(found == str(truth)) for found, truth in pairs]
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):

@@ -13,12 +13,13 @@ from transformers.trainer_callback import ExportableState
 from trl import GRPOTrainer
 
 from srpo_core import Credit, RolloutBatch, ScaleState, Segmentation, credit, plan
-from srpo_core.batch import check_first_batch, ending_ids, logged, record
+from srpo_core.batch import ending_ids, logged, record
 from srpo_core.roles import role_masks
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.tags import BrokenReason
+from srpo_core.watch import RunWatch
 from srpo_trl.config import SRPOConfig
-from srpo_trl.contexts import Context, contexts_of, scoring_inputs
+from srpo_trl.contexts import Context, contexts_of, prompt_ids_of, scoring_inputs
 from srpo_trl.upstream import check_upstream, versions
 
 __all__ = ["SRPOMixin", "SRPOTrainer"]
@@ -27,6 +28,8 @@ __all__ = ["SRPOMixin", "SRPOTrainer"]
 # Gemma3, linear attention) it leaves a gap in the positions or a trace in the state.
 MASK_IS_REMOVAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 
+
+_PROMPT_END = 32  # tokens of a prompt that are read for a tag at its end
 
 # A mixin names no base at run time; type checkers should know what it will be mixed into.
 _Base = GRPOTrainer if TYPE_CHECKING else object
@@ -61,14 +64,19 @@ class SRPOMixin(_Base):
             args = SRPOConfig(f"{name.split('/')[-1]}-SRPO")
         if not isinstance(args, SRPOConfig):
             raise TypeError(f"args must be a srpo_trl.SRPOConfig, got {type(args).__name__}: it has the same fields")
-        self._srpo = args.srpo_options()
-        self._srpo_is_first = True
+        self._srpo, self._srpo_correct = args.srpo_options(), args.srpo_recording().correct_rule
         self._srpo_writer: RolloutWriter | None = None
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         check_upstream("trainer", self)
         check_upstream("completion log", self._logs)
         self._srpo_tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self._srpo_ending = ending_ids(self._srpo_tokenizer, self.model.generation_config)
+        self._srpo_watch = RunWatch(
+            self._srpo, self._srpo_tokenizer, named="srpo_{}", warns=self.accelerator.is_main_process
+        )
+        if self._srpo_correct is not None:  # an unknown function ends the run now, not after its first batch
+            nothing = torch.zeros(0)
+            self._srpo_correct(nothing, dict.fromkeys(self.reward_func_names, nothing))
         self._srpo_arrival = _Arrival()
         self.add_callback(self._srpo_arrival)
         self.add_callback(_ScaleMemory())
@@ -84,17 +92,12 @@ class SRPOMixin(_Base):
         batch = super()._generate_and_score_completions(inputs)
         start = time.perf_counter()
         rollouts = self._srpo_rollouts(batch)
-        if self._srpo_is_first:
-            check_upstream("rollout batch", batch)
-            prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
-            prompts = [self._srpo_tokenizer.decode(prompt, skip_special_tokens=False)]
-            check_first_batch(
-                rollouts.responses, self._srpo, prompts=prompts, image_counts=rollouts.image_counts, named="srpo_{}"
-            )
+        prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
+        prompts = [self._srpo_tokenizer.decode(prompt, skip_special_tokens=False)]
+        self._srpo_watch.look(rollouts.responses, prompts=prompts, image_counts=rollouts.image_counts)
         credited = self._srpo_credit(batch, rollouts)
         self._srpo_log(rollouts, credited, start)
         self._srpo_write(rollouts, credited)
-        self._srpo_is_first = False
         # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
         advantages = torch.where(rollouts.responses.mask, credited.advantages, rollouts.advantages[:, None])
         return batch | {"advantages": advantages[rollouts.own]}
@@ -106,30 +109,58 @@ class SRPOMixin(_Base):
 
     def _srpo_rollouts(self, batch: dict[str, Any]) -> "_Rollouts":
         """The responses of all ranks: weights, donors and metrics then do not depend on how they were split."""
+        check_upstream("rollout batch", batch)
         token_ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
         rows, width = token_ids.shape
         first, gather = self.accelerator.process_index * rows, self._srpo_gather
-        in_group = self.num_generations if self.model.training else self.num_generations_eval
-        group_ids = torch.arange(self.accelerator.num_processes * rows, device=token_ids.device) // in_group
-        own = (slice(first, first + rows), slice(width))
+        # A prompt's identity is its own: with steps_per_generation=1 an optimizer step has several generation batches.
+        group_ids, own = prompt_ids_of(batch), (slice(first, first + rows), slice(width))
         local = RolloutBatch.of(
-            token_ids, mask, self._srpo_tokenizer, self._srpo, group_ids=group_ids[own[0]], ending=self._srpo_ending
+            token_ids,
+            mask,
+            self._srpo_tokenizer,
+            self._srpo,
+            group_ids=group_ids,
+            prompt_ends=self._srpo_prompt_ends(batch),
+            ending=self._srpo_ending,
         )
-        segmentation = Segmentation(*map(gather, local.segmentation))
-        token_ids = gather(token_ids, fill=self._srpo_tokenizer.pad_token_id)
-        responses = RolloutBatch(token_ids, gather(mask), segmentation, group_ids)
+        assert local.open_at_start is not None
+        responses = RolloutBatch(
+            gather(token_ids, fill=self._srpo_tokenizer.pad_token_id),
+            gather(mask),
+            Segmentation(*map(gather, local.segmentation)),
+            gather(group_ids),
+            open_at_start=gather(local.open_at_start),
+        )
         contexts, image_counts = contexts_of(
             batch,
             self._srpo,
             processor=self.processing_class,
             model_config=self.model.config,
-            group_ids=group_ids[own[0]],
+            group_ids=group_ids,
             step=self.state.global_step,
         )
         image_counts = None if image_counts is None else gather(image_counts)
-        return _Rollouts(responses, gather(batch["advantages"]), own, contexts, image_counts)
+        rewards, correct = self._srpo_rewards(len(responses.mask), token_ids.device)
+        return _Rollouts(responses, gather(batch["advantages"]), own, contexts, image_counts, rewards, correct)
+
+    def _srpo_prompt_ends(self, batch: dict[str, Any]) -> list[str]:
+        """The last tokens of each prompt as text: a chat template may end inside a block."""
+        real = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        ends = [row[where][-_PROMPT_END:].tolist() for row, where in real]
+        return [self._srpo_tokenizer.decode(end, skip_special_tokens=False) for end in ends]
+
+    def _srpo_rewards(self, count: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Of all ranks the reward of each response, and whether its answer is right where a rule says that."""
+        # TRL keeps the last batches of all ranks for its table of completions; NaN where a function gave no reward.
+        by_function = {
+            name: torch.tensor(list(rewards)[-count:], dtype=torch.float32, device=device)
+            for name, rewards in self._logs["rewards"].items()
+        }
+        total = (torch.stack(list(by_function.values())) * self.reward_weights.to(device)[:, None]).nansum(0)
+        return total, None if self._srpo_correct is None else self._srpo_correct(total, by_function)
 
     def _srpo_gather(self, rows: Tensor, fill: int = 0) -> Tensor:
         """Rows of all ranks in rank order, right-padded to one length."""
@@ -166,6 +197,7 @@ class SRPOMixin(_Base):
             advantages=rollouts.advantages,
             step=self.state.global_step,
             image_counts=rollouts.image_counts,
+            correct=rollouts.correct,
             scale_state=memory.recall(log_probs.device),
         )
         if self.model.training:
@@ -221,15 +253,14 @@ class SRPOMixin(_Base):
                 tokenizer=self._srpo_tokenizer,
                 tags=self._srpo.tags,
                 eos_token_id=self._srpo_ending,
+                correct_by=None if self._srpo_correct is None else str(self._srpo_correct),
                 resume_at=step if step > 0 else None,
             )
-        # TRL keeps the last batches of all ranks for its table of completions; NaN where a function gave no reward.
         count = len(rollouts.advantages)
         images = [row[0] if row else None for row in list(logs.get("images", ()))[-count:]]
-        by_function = torch.tensor([list(rewards)[-count:] for rewards in logs["rewards"].values()])
         self._srpo_writer.write(
-            **record(rollouts.responses, credited, advantages=rollouts.advantages),
-            rewards=(by_function * self.reward_weights.cpu()[:, None]).nansum(0),
+            **record(rollouts.responses, credited, advantages=rollouts.advantages, correct=rollouts.correct),
+            rewards=rollouts.rewards,
             prompts=[_text_of(prompt) for prompt in list(logs["prompt"])[-count:]],
             images=images if len(images) == count else None,
             step=step,
@@ -249,6 +280,8 @@ class _Rollouts(NamedTuple):
         own: Which rows and columns of them this rank has sampled.
         contexts: Of this rank, by the image in it.
         image_counts: Of all ranks, as :func:`srpo_core.credit` takes them.
+        rewards: Of all ranks, one per response.
+        correct: Of all ranks, as :func:`srpo_core.credit` takes it.
     """
 
     responses: RolloutBatch
@@ -256,6 +289,8 @@ class _Rollouts(NamedTuple):
     own: tuple[slice, slice]
     contexts: dict[str, Context]
     image_counts: Tensor | None
+    rewards: Tensor
+    correct: Tensor | None
 
 
 class _Arrival(TrainerCallback):

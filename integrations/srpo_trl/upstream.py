@@ -16,7 +16,7 @@ SUPPORTED_TRL = ">=1.0,!=1.15.*"
 #: Names, by where they have to be. That the loss reads the advantages is proven by training, see the trainer.
 RELIED_ON = {
     "trainer class": ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss"),
-    "trainer": ("_metrics", "_logs", "num_generations", "num_generations_eval", "reward_weights"),
+    "trainer": ("_metrics", "_logs", "reward_func_names", "reward_weights"),
     "completion log": ("prompt", "rewards", "extra"),
     "rollout batch": ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"),
 }

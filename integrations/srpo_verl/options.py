@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from srpo_core import SRPOConfig
-from srpo_core.checked import option
 from srpo_core.options import trainer_options
+from srpo_core.rollouts import RecordingOptions
 
 __all__ = ["VerlOptions", "check_config", "srpo_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerlOptions(SRPOConfig):
-    """Everything under ``algorithm.srpo``: the options that the core leaves to an adapter, and where to write what."""
+class VerlOptions(SRPOConfig, RecordingOptions):
+    """Everything under ``algorithm.srpo``: the options that the core leaves to an adapter, and those that only record.
 
-    rollouts: str | None = option(None, "File to which the driver writes every training batch. None: it writes none.")
+    For `correct`, reward functions go by their keys in the extra info that verl's reward function returns.
+    """
 
 
 #: verl's own setting in the place of an option of the trainer; one that is not here has no setting in verl.

@@ -1,5 +1,6 @@
 """verl's synchronous trainer with weighted advantages. The driver sees token ids and log-probs, never pixels."""
 
+import math
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_to_nested
 
-from srpo_core.batch import Plan, RolloutBatch, check_first_batch, credit, logged, plan, record
+from srpo_core.batch import Plan, RolloutBatch, credit, logged, plan, record
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.srpo import Credit
+from srpo_core.watch import RunWatch
 from srpo_verl.options import check_config
 from srpo_verl.proof import Proof
 from srpo_verl.upstream import check_attributes
@@ -30,6 +32,8 @@ __all__ = ["SRPOMixin", "SRPOTrainer"]
 #: What a worker fetches for the extra passes.
 _ROW_FIELDS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "multi_modal_inputs")
 
+_PROMPT_END = 32  # tokens of a prompt that are read for a tag at its end
+
 # The mixin reads attributes of a trainer.
 _Trainer = PPOTrainer if TYPE_CHECKING else object
 
@@ -39,7 +43,6 @@ class SRPOMixin(_Trainer):
     advantages that verl makes."""
 
     base_mode = "sync"
-    _is_first_batch = True
 
     def __init__(self, config: DictConfig) -> None:
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -88,8 +91,9 @@ class SRPOMixin(_Trainer):
         super().on_step_end()
 
     def _read_rollouts(self, batch: KVBatchMeta) -> RolloutBatch:
-        data = self._get(batch, "responses", "response_mask", "uid")
+        data = self._get(batch, "prompts", "responses", "response_mask", "uid")
         uids = tu.get(data, "uid")
+        ends = [row[-_PROMPT_END:].tolist() for row in data["prompts"].unbind()]
         numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
         return RolloutBatch.of(
             data["responses"].to_padded_tensor(self.tokenizer.pad_token_id),
@@ -97,6 +101,7 @@ class SRPOMixin(_Trainer):
             self.tokenizer,
             self.srpo_config,
             group_ids=torch.tensor([numbers[uid] for uid in uids]),
+            prompt_ends=[self.tokenizer.decode(end, skip_special_tokens=False) for end in ends],
             ending=self._ending,
         )
 
@@ -129,15 +134,16 @@ class SRPOMixin(_Trainer):
     ) -> KVBatchMeta:
         old = "srpo_original_log_probs" if self._old_log_probs_are_the_rollouts else "old_log_probs"
         views = {view.name: f"srpo_{view.name}_log_probs" for view in planned.views}
-        data = self._get(batch, old, *views.values(), "srpo_images", "advantages", "response_mask")
+        data = self._get(
+            batch, old, *views.values(), "srpo_images", "srpo_prompt_ids", "rm_scores", "advantages", "response_mask"
+        )
         # Nested, as TransferQueue returns whatever has more than one number a row.
         image_counts = torch.stack(data["srpo_images"].unbind())
-        if self._is_first_batch:
-            prompts = self._prompts(batch, skip_special_tokens=False)
-            check_first_batch(
-                rollouts, self.srpo_config, prompts=prompts, image_counts=image_counts, named="algorithm.srpo.{}"
-            )
-            self._is_first_batch = False
+        # The workers see the images, which make a prompt what it is.
+        rollouts = rollouts._replace(group_ids=data["srpo_prompt_ids"].reshape(-1))
+        self._watch.look(rollouts, prompts=self._prompts(batch, skip_special_tokens=False), image_counts=image_counts)
+        rewards = torch.stack([row.sum() for row in data["rm_scores"].unbind()]).float()
+        correct = self._correct(batch, rewards)
         # Rejection may have shrunk the mask: the weights of a trajectory have mean one over the tokens that are left.
         mask = data["response_mask"].to_padded_tensor(0).bool()
         advantages = _of_response(data["advantages"].to_padded_tensor(0.0).float(), mask)
@@ -150,9 +156,10 @@ class SRPOMixin(_Trainer):
             advantages=advantages,
             step=self.global_steps - 1,  # verl counts from 1
             image_counts=image_counts,
+            correct=correct,
         )
         metrics.update(logged(credited.metrics))
-        self._write(batch, rollouts, credited, advantages)
+        self._write(batch, rollouts, credited, advantages=advantages, rewards=rewards, correct=correct)
         weighted = response_to_nested(credited.advantages, data["response_mask"])
         batch = self._put(batch, {"advantages": weighted})
         if batch.fields is not None:  # the update needs none of ours
@@ -160,20 +167,45 @@ class SRPOMixin(_Trainer):
         self._proof.put(batch.keys, weighted)
         return batch
 
-    def _write(self, batch: KVBatchMeta, rollouts: RolloutBatch, credited: Credit, advantages: Tensor) -> None:
+    def _correct(self, batch: KVBatchMeta, rewards: Tensor) -> Tensor | None:
+        """Whether each answer is right, by the rule of ``algorithm.srpo.correct``; None without one."""
+        rule = self.srpo_config.correct_rule
+        if rule is None:
+            return None
+        infos = []
+        if rule.function is not None:
+            found = tu.get(self._get(batch, "extra_fields"), "extra_fields")
+            infos = [(extra or {}).get("reward_extra_info") or {} for extra in found]
+        names = dict.fromkeys(name for info in infos for name, value in info.items() if _is_number(value))
+        by_function = {name: torch.tensor([_number(info.get(name)) for info in infos]) for name in names}
+        return rule(rewards, by_function)
+
+    def _write(
+        self,
+        batch: KVBatchMeta,
+        rollouts: RolloutBatch,
+        credited: Credit,
+        *,
+        advantages: Tensor,
+        rewards: Tensor,
+        correct: Tensor | None,
+    ) -> None:
         """Append the batch to the file of ``algorithm.srpo.rollouts``."""
         if self.srpo_config.rollouts is None:
             return
         prompts = self._prompts(batch, skip_special_tokens=True)
-        rewards = torch.stack([row.sum() for row in self._get(batch, "rm_scores")["rm_scores"].unbind()])
         real = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding")]
         self._writer.write(
             # With the mask before rejection: what was rejected is written too, with weight 0.
-            **record(rollouts, credited, advantages=advantages, rows=real),
-            rewards=rewards[real].float(),
+            **record(rollouts, credited, advantages=advantages, correct=correct, rows=real),
+            rewards=rewards[real],
             prompts=[prompts[row] for row in real],
             step=self.global_steps,
         )
+
+    @cached_property
+    def _watch(self) -> RunWatch:
+        return RunWatch(self.srpo_config, self.tokenizer, named="algorithm.srpo.{}")
 
     @cached_property
     def _writer(self) -> RolloutWriter:
@@ -184,6 +216,7 @@ class SRPOMixin(_Trainer):
             tokenizer=self.tokenizer,
             tags=self.srpo_config.tags,
             eos_token_id=self._ending,
+            correct_by=None if self.srpo_config.correct_rule is None else str(self.srpo_config.correct_rule),
             resume_at=self.global_steps if self.global_steps > 1 else None,
         )
 
@@ -208,6 +241,14 @@ class SRPOMixin(_Trainer):
 @register_trainer("srpo")
 class SRPOTrainer(SRPOMixin, PPOTrainerSync):
     """``trainer.v1.trainer_mode=srpo``."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()
+
+
+def _number(value: Any) -> float:
+    return float(value) if _is_number(value) else math.nan
 
 
 def _of_response(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Rows are not padded; buffers may be shared with other processes, so nothing is written in place.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,24 +11,10 @@ from torch import Tensor
 
 from srpo_core.counterfactuals import CounterfactualResponses
 
-__all__ = ["moved_positions", "nested", "prompt_id", "refuse_per_token_inputs", "source_tokens"]
+__all__ = ["moved_positions", "nested", "refuse_per_token_inputs", "source_tokens"]
 
-_PIXELS = ("pixel_values", "pixel_values_videos")
 # One entry per token of the sequence, so they would have to change with the response.
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-
-
-def prompt_id(prompt: Tensor, inputs: Mapping[str, Any]) -> int:
-    """A number that names a prompt and its images in every process, batch and run: it keys the corruption's draw.
-
-    Of the pixels only up to 4096 values, evenly spread, are read: enough to tell images apart.
-    """
-    digest = hashlib.blake2b(_bytes(prompt), digest_size=7)
-    for key in _PIXELS:
-        if isinstance(inputs.get(key), Tensor):
-            pixels = inputs[key].flatten()
-            digest.update(_bytes(pixels[:: max(1, len(pixels) // 4096)].float()))
-    return int.from_bytes(digest.digest(), "little")
 
 
 def source_tokens(changed: CounterfactualResponses) -> Tensor:
@@ -78,7 +63,3 @@ def refuse_per_token_inputs(rows: Sequence[Mapping[str, Any] | None]) -> None:
                     f"multi_modal_inputs[{key!r}] has one entry per token, which SRPO cannot rebuild for a changed "
                     "response: this model is not supported"
                 )
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.detach().cpu().contiguous().numpy().tobytes()

@@ -13,10 +13,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested
 
 from srpo_core import SRPOConfig
-from srpo_core.batch import ending_ids
-from srpo_core.pixel_values import corrupt_rows, image_facts
+from srpo_core.batch import ending_ids, prompt_id
+from srpo_core.pixel_values import corrupt_rows, image_facts, vision_patch_size
 from srpo_verl.upstream import check_attributes
-from srpo_verl.views import moved_positions, nested, prompt_id, refuse_per_token_inputs
+from srpo_verl.views import moved_positions, nested, refuse_per_token_inputs
 
 __all__ = ["SRPOWorker", "changed_rows"]
 
@@ -37,8 +37,10 @@ class SRPOWorker(ActorRolloutRefWorker):
         check_attributes("worker", self)
         self.srpo_config, model = config, self.actor.model_config
         self.srpo_images = image_facts(model.processor)
+        self.srpo_videos = image_facts(getattr(model.processor, "video_processor", None))
+        self.srpo_patch = vision_patch_size(model.hf_config)
         if self.srpo_images is not None:
-            corrupt_rows([{"pixel_values": torch.zeros(1, 3, 28, 28)}], [0], config, self.srpo_images, step=0)
+            self._corrupt([{"pixel_values": torch.zeros(1, 3, 28, 28)}], [0], step=0)
         return self.srpo_images is not None, ending_ids(model.tokenizer, model.generation_config)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
@@ -51,11 +53,12 @@ class SRPOWorker(ActorRolloutRefWorker):
                 ``srpo_views``, the image of each view by the view's name; ``srpo_step``.
 
         Returns:
-            The log-probs, and under ``srpo_images`` how many images a row has and how many of them did not change.
+            The log-probs; under ``srpo_images`` how many images a row has and how many of them did not change; and
+            under ``srpo_prompt_ids`` the identity of its prompt and images.
         """
         step, views = tu.pop(data, "srpo_step"), tu.pop(data, "srpo_views")
         tu.maybe_fix_3d_position_ids(data)
-        corrupted, counts = self._corrupted(data, step)
+        corrupted, counts, prompts = self._corrupted(data, step)
         outputs = {}
         # Every rank runs the same passes in the same order, whatever its rows hold: the engine's collectives match.
         for name, image in views.items():
@@ -65,13 +68,27 @@ class SRPOWorker(ActorRolloutRefWorker):
             outputs[f"srpo_{name}_log_probs"] = self._score(rows)
         if any(output is None for output in outputs.values()):  # not the rank that answers for its group
             return None
-        return TensorDict({**outputs, "srpo_images": counts}, batch_size=len(data))
+        told = {"srpo_images": counts, "srpo_prompt_ids": torch.tensor(prompts)}
+        return TensorDict(outputs | told, batch_size=len(data))
 
-    def _corrupted(self, data: TensorDict, step: int) -> tuple[list[dict[str, Any]], Tensor]:
+    def _corrupted(self, data: TensorDict, step: int) -> tuple[list[dict[str, Any]], Tensor, list[int]]:
         rows = multi_modal_rows(data)
         refuse_per_token_inputs(rows)
         prompts = [prompt_id(prompt, row) for prompt, row in zip(data["prompts"].unbind(), rows, strict=True)]
-        return corrupt_rows(rows, prompts, self.srpo_config, self.srpo_images, step=step)
+        return *self._corrupt(rows, prompts, step=step), prompts
+
+    def _corrupt(
+        self, rows: list[dict[str, Any]], prompts: list[int], *, step: int
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        return corrupt_rows(
+            rows,
+            prompts,
+            self.srpo_config,
+            self.srpo_images,
+            step=step,
+            video_facts=self.srpo_videos,
+            patch_size=self.srpo_patch,
+        )
 
     def _score(self, data: TensorDict) -> Tensor | None:
         mask = data["response_mask"]

@@ -6,16 +6,18 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from srpo_core.cli.reading import DEFAULT_WORKERS, Files, Strict, Workers, finish, summarize
+from srpo_core.cli.reading import DEFAULT_WORKERS, Files, Right, Strict, Workers, finish, scoring, summarize, with_tags
 from srpo_core.cli.terminal import out, table
 from srpo_core.diagnostics import ROLE_NAMES
-from srpo_core.report import interference_in_words, report_files
+from srpo_core.report import interference_in_words, report_files, right_in_words
 from srpo_core.report.words import percent
-from srpo_core.rollouts import ScoringOptions, Summary
+from srpo_core.rollouts import Summary
+from srpo_core.rollouts.retag import Retag
 
 __all__ = ["report"]
 
 
+@with_tags
 def report(
     files: Files,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the page goes.")] = Path("report.html"),
@@ -23,11 +25,14 @@ def report(
     seed: Annotated[int, typer.Option(help="Seed for drawing the responses to show.")] = 0,
     max_megabytes: Annotated[float, typer.Option(min=0.2, help="Size of the page, at most.")] = 5.0,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Credit report",
+    right: Right = None,
     strict: Strict = False,
     workers: Workers = DEFAULT_WORKERS,
+    *,
+    tags: Retag,
 ) -> None:
     """Write one self-contained page: overview, distributions, and token heat maps of a sample of responses."""
-    summary = summarize(files, ScoringOptions(), strict=strict, workers=workers)
+    summary = summarize(files, scoring(right, tags), strict=strict, workers=workers)
     report_files(summary, output, sample=sample, seed=seed, max_bytes=int(max_megabytes * 1e6), title=title)
     _print_overview(summary)
     out.print(Text(f"\n{output} ({output.stat().st_size / 1e6:.1f} MB)"))
@@ -37,19 +42,30 @@ def report(
 def _print_overview(summary: Summary) -> None:
     metrics = summary.metrics()
     facts = table("", "", left=2)
-    facts.add_row("responses", f"{len(summary):,} of {int(summary.columns['tokens'].sum()):,} tokens")
-    if "right/fraction" in metrics:
-        facts.add_row("right answers", percent(metrics["right/fraction"]))
-    facts.add_row("well-formed", percent(1 - metrics["broken/fraction"]))
+    facts.add_row("responses", _size(summary))
+    facts.add_row("right answers", percent(metrics.get("right/fraction")))
+    facts.add_row("right", right_in_words(summary))
+    broken = metrics.get("broken/fraction")
+    facts.add_row("well-formed", percent(None if broken is None else 1 - broken))
     for name in ROLE_NAMES.values():
-        mass, low, high = (metrics[f"weight/{name}/{key}"] for key in ("mass", "p05", "p95"))
-        share = metrics[f"tokens/{name}/fraction"]
-        facts.add_row(
-            name,
-            f"{percent(mass)} of the weight on {percent(share)} of the tokens; 90 % in {low:.2f} to {high:.2f}",
-        )
-    facts.add_row("effective tokens", f"{percent(metrics['tokens/effective_fraction'])} of the weighted ones")
-    if "advantage/cosine" in metrics:
-        facts.add_row("cosine to GRPO", f"{metrics['advantage/cosine']:.4f}")
+        mass, share = metrics.get(f"weight/{name}/mass"), metrics.get(f"tokens/{name}/fraction")
+        low, high = (_number(metrics.get(f"weight/{name}/{key}"), 2) for key in ("p05", "p95"))
+        facts.add_row(name, f"{percent(mass)} of the weight on {percent(share)} of the tokens; 90 % in {low} to {high}")
+    facts.add_row("effective tokens", f"{percent(metrics.get('tokens/effective_fraction'))} of the weighted ones")
+    facts.add_row("cosine to GRPO", _number(metrics.get("advantage/cosine"), 4))
     facts.add_row("interference", "; ".join(filter(None, interference_in_words(metrics.get("interference")))))
     out.print(facts)
+
+
+def _size(summary: Summary) -> str:
+    columns = summary.columns
+    known, weighed = int(columns["has_tokens"].sum()), int((columns["weighed"] > 0).sum())
+    text = f"{len(summary):,}" + (f" of {int(columns['tokens'].sum()):,} tokens" if known else "")
+    lacking = [f"{len(summary) - known:,} without tokens"] if known < len(summary) else []
+    if unweighed := int((columns["tokens"] > 0).sum()) - weighed:
+        lacking.append(f"{unweighed:,} with neither weights nor the log-probs or scores they follow from")
+    return "; ".join([text, *lacking])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

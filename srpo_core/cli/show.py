@@ -7,32 +7,42 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from srpo_core.cli.reading import File, Strict, finish, name_lines, read
+from srpo_core.cli.reading import File, Right, Strict, finish, name_lines, read, scoring, with_tags
 from srpo_core.cli.terminal import By, heat_text, legend, out, print_caret, safe, stop, table
 from srpo_core.diagnostics import ROLE_NAMES
 from srpo_core.report import REASONS, fault
 from srpo_core.roles import Role
-from srpo_core.rollouts import RolloutError, ScoredRollout, score_rollouts
+from srpo_core.rollouts import RolloutError, ScoredRollout, ScoringOptions, score_rollouts
+from srpo_core.rollouts.counts import right_of
+from srpo_core.rollouts.retag import Retag
 from srpo_core.tags import BrokenReason
 
 __all__ = ["show"]
 
+# What weights and scores follow from, where they are not recorded.
+_SOURCES = {"weight": "scores or log-probs of a second pass", "score": "log-probs of a second pass"}
 
+
+@with_tags
 def show(
     file: File,
     index: Annotated[int, typer.Option(min=0, help="Which response, from 0; malformed lines do not count.")] = 0,
     by: Annotated[By, typer.Option(help="What the colors mean.")] = "weight",
     list_tokens: Annotated[bool, typer.Option("--table", help="List every token with its numbers.")] = False,
+    right: Right = None,
     strict: Strict = False,
+    *,
+    tags: Retag,
 ) -> None:
     """Show one response as a heat map in the terminal."""
     errors: list[RolloutError] = []
-    found = next(islice(read(file, errors, strict=strict), index, None), None)
+    found = next(islice(read(file, errors, tags=tags, strict=strict), index, None), None)
     if found is None:
         name_lines(errors)
         stop(f"{file} has fewer than {index + 1} readable responses")
-    scored = next(score_rollouts([found]))
-    _print_facts(scored, index)
+    options = scoring(right, tags)
+    scored = next(score_rollouts([found], options))
+    _print_facts(scored, index, options)
     _print_heat(scored, by)
     _print_fault(scored)
     if (list_tokens or out.color_system is None) and len(found):
@@ -40,15 +50,18 @@ def show(
     finish(errors)
 
 
-def _print_facts(scored: ScoredRollout, index: int) -> None:
+def _print_facts(scored: ScoredRollout, index: int, options: ScoringOptions) -> None:
     rollout = scored.rollout
     facts = [f"#{index}"] + ([rollout.id] if rollout.id is not None else [])
     for name in ("step", "group", "reward", "advantage", "reference", "image"):
         if (value := getattr(rollout, name)) is not None:
             facts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    for name, value in (("answer", rollout.is_right), ("perception", rollout.perception_correct)):
+    rule = rollout.correct_by if options.right is None else options.right
+    for name, value in (("answer", right_of(rollout, options)), ("perception", rollout.perception_correct)):
         if value is not None:
-            facts.append(f"{name} {'right' if value else 'wrong'}")
+            facts.append(
+                f"{name} {'right' if value else 'wrong'}" + (f" ({rule})" if name == "answer" and rule else "")
+            )
     out.print(safe("  ".join(facts), style="bold"))
     if rollout.prompt is not None:
         out.print(safe(rollout.prompt, style="italic"))
@@ -61,7 +74,10 @@ def _print_heat(scored: ScoredRollout, by: By) -> None:
         out.print(safe(rollout.text))
         return
     out.print(heat_text(rollout.pieces, scored.weights if by == "weight" else scored.scores, by=by), soft_wrap=False)
-    out.print(Text("\n").append_text(legend(by)))
+    if scored.has_weights if by == "weight" else scored.has_contrast:
+        out.print(Text("\n").append_text(legend(by)))
+    else:
+        out.print(Text(f"\n{by}s are not known: the line has neither {by}s nor {_SOURCES[by]}", style="yellow"))
     out.print(_role_table(scored))
 
 
@@ -79,8 +95,10 @@ def _role_table(scored: ScoredRollout) -> Table:
         where = scored.roles == int(role)
         if where.any():
             of, scores = scored.weights[where], scored.scores[where]
-            spread = f"{of.min():.2f} to {of.max():.2f}"
-            rows.add_row(name, str(where.sum()), f"{of.mean():.3f}", spread, f"{scores.mean():+.3f} nats")
+            weighed, known = scored.has_weights, role in scored.known_scores
+            spread = f"{of.min():.2f} to {of.max():.2f}" if weighed else "-"
+            mean, score = f"{of.mean():.3f}" if weighed else "-", f"{scores.mean():+.3f} nats" if known else "-"
+            rows.add_row(name, str(where.sum()), mean, spread, score)
     return rows
 
 
@@ -89,5 +107,7 @@ def _token_table(scored: ScoredRollout) -> Table:
     for piece, role, weight, score in zip(
         scored.rollout.pieces, scored.roles, scored.weights, scored.scores, strict=True
     ):
-        rows.add_row(safe(repr(piece)), Role(role).name.lower(), f"{weight:.3f}", f"{score:+.3f}" if role else "")
+        of_weight = f"{weight:.3f}" if scored.has_weights else "-"
+        of_score = "" if role == Role.OTHER else f"{score:+.3f}" if Role(role) in scored.known_scores else "-"
+        rows.add_row(safe(repr(piece)), Role(role).name.lower(), of_weight, of_score)
     return rows

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -13,12 +13,26 @@ import typer
 from rich.text import Text
 
 from srpo_core.checked import OptionError, names_of
-from srpo_core.cli.reading import DEFAULT_WORKERS, Files, Strict, Workers, finish, progress_bar, summarize
+from srpo_core.cli.reading import (
+    DEFAULT_WORKERS,
+    Files,
+    Right,
+    Strict,
+    Workers,
+    finish,
+    progress_bar,
+    scoring,
+    summarize,
+    with_tags,
+)
 from srpo_core.cli.terminal import out, stop, table
 from srpo_core.diagnostics import ROLE_NAMES
 from srpo_core.options import ContextOptions, CreditOptions
+from srpo_core.report.words import origin_of_weights, right_in_words
 from srpo_core.rollouts import Rollout, RolloutError, ScoringOptions, Summary, parse_rollout, score_rollouts
-from srpo_core.rollouts.record import DIVERGENCES, load_json
+from srpo_core.rollouts.lines import is_blank, load_json, load_strictly
+from srpo_core.rollouts.record import DIVERGENCES
+from srpo_core.rollouts.retag import Retag, tags_as_json
 from srpo_core.rollouts.scoring import SERVED, UNREAD
 
 __all__ = ["weights"]
@@ -59,6 +73,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+@with_tags
 @_with_options
 def weights(
     files: Files,
@@ -66,29 +81,33 @@ def weights(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the rollouts with these weights.")
     ] = None,
+    right: Right = None,
     strict: Strict = False,
     workers: Workers = DEFAULT_WORKERS,
+    tags: Retag,
     **chosen: Any,
 ) -> None:
     """Apply options to the recorded log-probs and compare the weights: try settings before training with them.
 
     With `--scale batch_rms` all the files together are the batch.
     """
-    answer_role = chosen.pop("answer_role")
+    answer_role, recorded = chosen.pop("answer_role"), scoring(right, tags)
     try:
-        options = ScoringOptions(CreditOptions(**chosen), answer_role=answer_role, recompute=True)
-        before = summarize(files, ScoringOptions(), strict=strict, workers=workers)
+        options = replace(recorded, config=CreditOptions(**chosen), answer_role=answer_role, recompute=True)
+        before = summarize(files, recorded, strict=strict, workers=workers)
         after = summarize(files, options, strict=strict, workers=workers)
     except OptionError as error:
         stop(error.worded(_written))
     except ValueError as error:
         stop(str(error))
-    recorded = int(before.columns["recorded"].sum())
-    name = "recorded" if recorded == len(before) else "recorded or default" if recorded else "default options"
+    name = {"recorded": "recorded", "partly recorded": "recorded or default"}.get(
+        origin_of_weights(before), "default options"
+    )
     _print_comparison({name: before, "these options": after})
-    if not after.columns["contrast"].all():
-        lacking = int((~after.columns["contrast"]).sum())
-        out.print(Text(f"\n{lacking:,} responses have neither log-probs of a second pass nor scores: weights 1."))
+    if lacking := int((~after.columns["contrast"]).sum()):
+        out.print(
+            Text(f"\n{lacking:,} responses have neither log-probs of a second pass nor scores: no part of the figures.")
+        )
     if output is not None:
         if any(output.exists() and output.samefile(file) for file in files):
             stop(f"{output} is one of the files that are read; write to another")
@@ -110,9 +129,16 @@ def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> 
                     good = [(line, rollout) for line in lines if (rollout := _rollout_or_none(line)) is not None]
                     scored = score_rollouts([rollout for _, rollout in good], options)
                     for (line, _), row in zip(good, scored, strict=True):
-                        values = load_json(line)
-                        if len(row.weights):
-                            values |= {"weights": _rounded(row.weights), "scores": _rounded(row.scores)}
+                        values = load_strictly(line, load_json)
+                        if options.tags:  # what the trainer found with other tags goes with them
+                            values["tags"] = tags_as_json(row.rollout.tags)
+                            for name in ("roles", "broken", "scores"):
+                                values.pop(name, None)
+                        values.pop("weights", None)
+                        if row.has_weights and len(row.weights):
+                            values["weights"] = _rounded(row.weights)
+                            if len(row.known_scores) == len(ROLE_NAMES):
+                                values["scores"] = _rounded(row.scores)
                         for name in DIVERGENCES:  # of two steps that the old weights defined
                             values.pop(name, None)
                         target.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
@@ -121,7 +147,7 @@ def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> 
 
 def _rollout_or_none(line: bytes) -> Rollout | None:
     try:
-        return None if line.isspace() else parse_rollout(line)
+        return None if is_blank(line) else parse_rollout(line)
     except RolloutError:
         return None
 
@@ -143,16 +169,17 @@ def _print_comparison(summaries: dict[str, Summary]) -> None:
         rows = table(title, "", *(_HEADINGS[key] for key in keys), left=2)
         for label, prefix in prefixes.items():
             for number, (name, values) in enumerate(metrics.items()):
-                cells = [f"{values[at]:.3f}" if (at := f"{prefix}/{key}") in values else "" for key in keys]
-                if any(cells):
+                cells = [f"{values[at]:.3f}" if (at := f"{prefix}/{key}") in values else "-" for key in keys]
+                if any(f"{prefix}/{key}" in each for key in keys for each in metrics.values()) or "," not in label:
                     rows.add_row("" if number else label, name, *cells, style="" if number else "dim")
         out.print(rows)
         out.print()
 
     overall = table("", *metrics)
     for label, name in (("cosine to GRPO", "advantage/cosine"), ("effective tokens", "tokens/effective_fraction")):
-        overall.add_row(label, *(f"{values[name]:.4f}" if name in values else "" for values in metrics.values()))
+        overall.add_row(label, *(f"{values[name]:.4f}" if name in values else "-" for values in metrics.values()))
     out.print(overall)
+    out.print(Text(f"right: {right_in_words(next(iter(summaries.values())))}", style="dim"))
     out.print()
     roles = {f"{name}{suffix}": f"{name}{path}" for name in ROLE_NAMES.values() for suffix, path in _ANSWERS.items()}
     compare("weight", {label: f"weight/{path}" for label, path in roles.items()}, ["mass", "mean", "p05", "p50", "p95"])

@@ -8,8 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo_core.diagnostics import ROLE_NAMES
-from srpo_core.report.words import REASONS, changed_options, interference_in_words, origin_of_weights
+from srpo_core.report.words import (
+    REASONS,
+    changed_options,
+    interference_in_words,
+    origin_of_weights,
+    right_in_words,
+)
 from srpo_core.rollouts import Summary
+from srpo_core.rollouts.counts import UNKNOWN
 
 _BARS = 64  # of a histogram
 
@@ -21,6 +28,7 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
     rewards = columns["reward"][~np.isnan(columns["reward"])]
     advantages = summary.advantages
     metrics = summary.metrics()
+    has_tokens = columns["has_tokens"]
     figure, advice = interference_in_words(metrics.pop("interference", None))  # JSON has no infinity
     return {
         "title": title,
@@ -28,18 +36,22 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
         "files": [Path(file).name for file in summary.files],
         "counts": {
             "responses": len(summary),
-            "tokens": int(columns["tokens"].sum()),
+            "tokens": int(columns["tokens"].sum()) if has_tokens.any() else None,
+            "withoutTokens": int((~has_tokens).sum()),
             "groups": len({group for group in summary.groups if group is not None}),
             "silent": _silent_share(summary, advantages),
             "steps": len(steps),
             "malformed": summary.malformed,
-            "noContrast": int((~columns["contrast"] & ~columns["recorded"]).sum()),
+            "withoutWeights": int(((columns["tokens"] > 0) & (columns["weighed"] == 0)).sum()),
+            "judged": int((columns["broken"] != UNKNOWN).sum()),
         },
         "reward": float(rewards.mean()) if len(rewards) else None,
         "errors": [
             {"file": Path(error.path or "").name, "line": error.line, "reason": error.reason}
             for error in summary.errors[:5]
         ],
+        "right": right_in_words(summary),
+        "shares": _shares_of_roles(summary),
         "weights": origin_of_weights(summary),
         "options": changed_options(summary.options),
         "clip": summary.options.config.score_clip,
@@ -57,6 +69,22 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
         "quadrants": _quadrants(summary),
         "steps": _steps(summary, steps) if len(steps) > 2 else None,
     }
+
+
+def _shares_of_roles(summary: Summary) -> dict[str, list[float] | None]:
+    """Shares of perception and of reasoning in the tokens and in the weight, None where that is not known.
+
+    Both are over the responses whose weights are known, because only over the same responses they can be compared;
+    without any, the tokens are those of all.
+    """
+    columns = summary.columns
+    rows = columns["weighed"] > 0 if columns["weighed"].any() else columns["tokens"] > 0
+    shares: dict[str, list[float] | None] = {}
+    for kind in ("tokens", "weights"):
+        whole = columns[kind][rows].sum()
+        parts = [columns[f"{name}/{kind}"][rows].sum() for name in ROLE_NAMES.values()]
+        shares[kind] = [float(part / whole) for part in parts] if whole > 0 else None
+    return shares
 
 
 def _version() -> str:
@@ -91,6 +119,7 @@ def _histograms(summary: Summary) -> dict[str, Any]:
                 "wrong": _shares(bars[0]) if kind == "weight" else [],
                 "right": _shares(bars[1]) if kind == "weight" else [],
                 "count": int(whole.sum()),
+                "tokens": int(summary.columns[f"{name}/tokens"].sum()),
             }
     return histograms
 
@@ -120,14 +149,14 @@ def _quadrants(summary: Summary) -> list[dict[str, Any]] | None:
     for perception in (1, 0):
         for answer in (1, 0):
             rows = (columns["perception_right"] == perception) & (columns["right"] == answer)
-            tokens = columns["perception/tokens"][rows].sum()
+            weighed, scored = (columns[f"perception/{kind}"][rows].sum() for kind in ("weighed", "scored"))
             cells.append(
                 {
                     "perception": perception,
                     "answer": answer,
                     "count": int(rows.sum()),
-                    "weight": float(columns["perception/weights"][rows].sum() / tokens) if tokens else None,
-                    "score": float(columns["perception/scores"][rows].sum() / tokens) if tokens else None,
+                    "weight": float(columns["perception/weights"][rows].sum() / weighed) if weighed else None,
+                    "score": float(columns["perception/scores"][rows].sum() / scored) if scored else None,
                 }
             )
     return cells
@@ -146,12 +175,15 @@ def _steps(summary: Summary, steps: NDArray[np.int64]) -> dict[str, Any]:
             values.append(round(float(np.nansum(part) / whole), 5) if whole else None)
         return values
 
-    structured = (columns["perception/tokens"] + columns["reasoning/tokens"]) > 0
+    structured = ((columns["perception/tokens"] + columns["reasoning/tokens"]) > 0).astype(float)
+    structured[columns["tokens"] == 0] = np.nan
+    answers = np.where(columns["right"] == UNKNOWN, np.nan, columns["right"])
     return {
         "step": steps.tolist(),
         "reward": series(columns["reward"]),
+        "right answers": series(answers),
         "structured": series(structured),
-        "perception weight": series(columns["perception/weights"], columns["perception/tokens"]),
-        "perception score": series(columns["perception/scores"], columns["perception/tokens"]),
-        "reasoning score": series(columns["reasoning/scores"], columns["reasoning/tokens"]),
+        "perception weight": series(columns["perception/weights"], columns["perception/weighed"]),
+        "perception score": series(columns["perception/scores"], columns["perception/scored"]),
+        "reasoning score": series(columns["reasoning/scores"], columns["reasoning/scored"]),
     }

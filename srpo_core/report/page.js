@@ -37,6 +37,9 @@ const signed = (value, digits = 2) => (value < 0 ? "−" : value > 0 ? "+" : "")
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 const ROLE = { P: "perception", R: "reasoning", O: "other" };
 const metrics = data.metrics;
+// What nothing was recorded of is neither 0 nor 1.
+const known = (name, show) => (name in metrics ? show(metrics[name]) : "-");
+const share = (name, digits = 0) => known(name, (value) => percent(value, digits));
 
 // Theme: the reader's, until the button says otherwise.
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
@@ -47,17 +50,14 @@ function applyTheme() {
   at("theme").textContent = theme === "dark" ? "Light" : "Dark";
 }
 prefersDark.addEventListener("change", applyTheme);
-at("theme").addEventListener("click", () => {
-  chosenTheme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  applyTheme();
-});
+at("theme").addEventListener("click", () => { chosenTheme = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; applyTheme(); });
 applyTheme();
 
 // Overview
 
 function drawHeader() {
   const { counts, files } = data;
-  const parts = [files.join(", "), plural(counts.responses, "response"), plural(counts.tokens, "token")];
+  const parts = [files.join(", "), plural(counts.responses, "response"), counts.tokens === null ? "" : plural(counts.tokens, "token")];
   if (counts.groups) parts.push(plural(counts.groups, "group"));
   if (counts.steps) parts.push(plural(counts.steps, "step"));
   at("subtitle").textContent = parts.filter(Boolean).join(" · ");
@@ -67,55 +67,52 @@ function drawHeader() {
     if (counts.malformed > data.errors.length) list.append(el("li", {}, `and ${whole(counts.malformed - data.errors.length)} more`));
     at("notices").append(el("div", { class: "notice bad" }, `${plural(counts.malformed, "line")} could not be read and ${counts.malformed === 1 ? "is" : "are"} left out:`, list));
   }
-  if (counts.noContrast) {
-    at("notices").append(el("div", { class: "notice" }, `${plural(counts.noContrast, "response")} of ${whole(counts.responses)} came without the log-probs of a second view, so their weights are 1.`));
-  }
+  const lack = (count, what) => { if (count) at("notices").append(el("div", { class: "notice" }, `${plural(count, "response")} of ${whole(counts.responses)} came without ${what}.`)); };
+  lack(counts.withoutTokens, "tokens: figures of tokens, weights and scores are over the others");
+  lack(counts.withoutWeights, "weights, scores or the log-probs of a second view, so their weights are not known");
 }
 
 function drawOverview() {
   const tile = (label, value, note) => el("div", { class: "tile" }, el("div", { class: "label" }, label), el("div", { class: "value" }, value), el("div", { class: "note" }, note));
   const tiles = [];
-  if ("right/fraction" in metrics) tiles.push(tile("Right answers", percent(metrics["right/fraction"]), data.reward === null ? "" : `mean reward ${data.reward.toFixed(3)}`));
-  tiles.push(tile("Well-formed", percent(1 - metrics["broken/fraction"]), `${percent(metrics["structured/fraction"])} have weighted tokens`));
-  tiles.push(tile("Credit on perception", percent(metrics["weight/perception/mass"], 1), `by ${percent(metrics["tokens/perception/fraction"], 1)} of the tokens; mean weight ${metrics["weight/perception/mean"].toFixed(2)}`));
-  tiles.push(tile("Effective tokens", percent(metrics["tokens/effective_fraction"]), "of the weighted ones; 100 % is GRPO"));
+  tiles.push(tile("Right answers", share("right/fraction"), `${data.right}${data.reward === null ? "" : `; mean reward ${data.reward.toFixed(3)}`}`));
+  tiles.push(tile("Well-formed", known("broken/fraction", (broken) => percent(1 - broken)), known("structured/fraction", (value) => `${percent(value)} have weighted tokens`)));
+  tiles.push(tile("Credit on perception", share("weight/perception/mass", 1), `by ${share("tokens/perception/fraction", 1)} of the tokens; mean weight ${known("weight/perception/mean", (value) => value.toFixed(2))}`));
+  tiles.push(tile("Effective tokens", share("tokens/effective_fraction"), "of the weighted ones; 100 % is GRPO"));
   if ("advantage/cosine" in metrics) tiles.push(tile("Cosine to GRPO", metrics["advantage/cosine"].toFixed(3), "of the token advantages"));
   if (data.counts.silent !== null) tiles.push(tile("Without a signal", percent(data.counts.silent), "of the responses: advantage 0"));
   if ("swap/coverage" in metrics) tiles.push(tile("Swap coverage", percent(metrics["swap/coverage"]), "found another perception"));
-  if ("noise/perception/rms" in metrics) tiles.push(tile("Noise floor", `${metrics["noise/perception/rms"].toPrecision(2)}`, `nats; ${percent(metrics["noise/perception/above"])} of perception scores exceed twice that`));
-  else tiles.push(tile("Scores clipped", percent(metrics["score/perception/clipped"], 1), `of perception, ${percent(metrics["score/reasoning/clipped"], 1)} of reasoning, at ${data.clip} nats`));
+  if ("noise/perception/rms" in metrics) tiles.push(tile("Noise floor", `${metrics["noise/perception/rms"].toPrecision(2)}`, `nats; ${share("noise/perception/above")} of perception scores exceed twice that`));
+  else tiles.push(tile("Scores clipped", share("score/perception/clipped", 1), `of perception, ${share("score/reasoning/clipped", 1)} of reasoning, at ${data.clip} nats`));
   const { figure, advice, responses } = data.interference;
   if (figure) tiles.push(tile("Interference", figure, responses < data.counts.responses ? `${advice}; on ${plural(responses, "response")}` : advice));
   at("overview").append(...tiles);
 }
 
 function drawShares() {
-  const bar = (name, perception, reasoning) => {
-    const shares = { perception, reasoning, other: Math.max(0, 1 - perception - reasoning) };
+  const bar = (name, measured) => {
+    if (measured === null) return el("div", { class: "share" }, el("span", {}, name), el("span", { class: "muted" }, "-"));
+    const [perception, reasoning] = measured, shares = { perception, reasoning, other: Math.max(0, 1 - perception - reasoning) };
     return el("div", { class: "share" }, el("span", {}, name), el("div", { class: "bar" }, Object.entries(shares).map(([role, share]) =>
       el("span", { class: `bg-${role}`, width: `${100 * share}%`, title: `${role}: ${percent(share, 1)}` }, share > 0.09 ? percent(share, 1) : ""))));
   };
   at("shares").append(
-    bar("Tokens", metrics["tokens/perception/fraction"], metrics["tokens/reasoning/fraction"]),
-    bar("Weight", metrics["weight/perception/mass"], metrics["weight/reasoning/mass"]),
+    bar("Tokens", data.shares.tokens), bar("Weight", data.shares.weights),
     el("div", { class: "key" }, ["perception", "reasoning", "other"].map((role) => el("span", {}, el("i", { class: `bg-${role}` }), role))),
     el("p", { class: "explain" }, "Each response keeps its total credit. Where the lower bar differs from the upper one, the weights moved credit between the roles."));
   if (!data.interference.figure) at("shares").append(el("p", { class: "explain", id: "unmeasured" }, `Whether weights can matter was ${data.interference.advice}.`));
 }
 
 function drawFormat() {
-  const total = data.counts.responses;
+  const total = data.counts.judged;
   const broken = data.broken.filter((entry) => entry.count);
-  if (!broken.length) {
-    at("format").append(el("p", { class: "muted" }, total ? "Every response is well-formed." : "There are no responses."));
-    return;
-  }
+  if (!broken.length) return at("format").append(el("p", { class: "muted" }, total ? "Every response is well-formed." : "There are no responses."));
   at("format").append(
     el("table", { class: "reasons" }, broken.sort((a, b) => b.count - a.count).map((entry) => el("tr", {},
       el("td", {}, el("button", { type: "button", class: "linklike", on: { click: () => filterBy({ format: entry.reason }) } }, entry.meaning)),
       el("td", { class: "number" }, whole(entry.count)),
       el("td", { class: "number muted" }, percent(entry.count / total, 1))))),
-    el("p", { class: "explain" }, "A malformed response keeps weight 1 on every token: plain GRPO. Click a reason to see such responses."));
+    el("p", { class: "explain" }, "In training a malformed response keeps weight 1 on every token: plain GRPO. Click a reason to see such responses."));
 }
 
 const QUADRANT = { "11": "Grounded", "10": "Bad thinking", "01": "Lucky", "00": "Both wrong" };
@@ -162,7 +159,7 @@ function histogram(kind, role, noise) {
 
 function drawDistributions() {
   const card = at("distributions");
-  const answers = "weight/perception/right/mean" in metrics;
+  const answers = ["perception", "reasoning"].some((role) => data.histograms.weight[role].right.length || data.histograms.weight[role].wrong.length);
   card.append(el("div", { class: "key" },
     el("span", {}, el("i", { class: "bg-perception" }), "perception"), el("span", {}, el("i", { class: "bg-reasoning" }), "reasoning"),
     answers ? el("span", {}, svgKey("line-right"), "right answers") : null, answers ? el("span", {}, svgKey("line-wrong"), "wrong answers") : null,
@@ -172,11 +169,11 @@ function drawDistributions() {
   const number = (value) => Number(value.toFixed(2)).toString().replace("-", "−");
   for (const kind of ["weight", "score"]) {
     for (const role of ["perception", "reasoning"]) {
-      const [low, middle, high] = ["p05", "p50", "p95"].map((name) => number(metrics[`${kind}/${role}/${name}`]));
+      const [low, middle, high] = ["p05", "p50", "p95"].map((name) => known(`${kind}/${role}/${name}`, number));
       const name = kind === "weight" ? `Weights of ${role}` : role === "perception" ? "Visual dependency, nats" : "Perception consistency, nats";
       const noise = kind === "score" && metrics[`noise/${role}/rms`];
       plots.append(el("div", { class: "plot" }, el("h3", {}, name),
-        el("div", { class: "caption" }, data.histograms[kind][role].count ? `median ${middle}; 90 % in ${low} to ${high}` : "no such tokens"),
+        el("div", { class: "caption" }, data.histograms[kind][role].count ? `median ${middle}; 90 % in ${low} to ${high}` : data.histograms[kind][role].tokens ? "not known" : "no such tokens"),
         histogram(kind, role, noise ? 2 * noise : 0)));
     }
   }
@@ -216,7 +213,7 @@ const rows = data.rows;
 rows.forEach((row) => {
   row.text = row.tokens.join("");
   row.lower = [row.text, row.prompt || "", row.id || ""].join("\n").toLowerCase();
-  const scored = row.weights.filter((_, token) => row.roles[token] !== "O");
+  const scored = (row.weights || []).filter((_, token) => row.roles[token] !== "O");
   row.spread = scored.length ? Math.max(...scored) / Math.max(1, Math.min(...scored)) : 1;
 });
 const filters = { text: "", answer: "", perception: "", format: "", step: "", sort: "index" };
@@ -252,7 +249,7 @@ const ORDER = {
   reward: (a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity) || a.index - b.index,
   spread: (a, b) => b.spread - a.spread || a.index - b.index,
   advantage: (a, b) => Math.abs(b.advantage ?? 0) - Math.abs(a.advantage ?? 0) || a.index - b.index,
-  length: (a, b) => b.tokens.length - a.tokens.length || a.index - b.index,
+  length: (a, b) => (b.length ?? 0) - (a.length ?? 0) || b.text.length - a.text.length || a.index - b.index,
 };
 
 function visible() {
@@ -269,6 +266,7 @@ function badges(row) {
 
 // The weights along a response in a few cells, each the strongest of its stretch.
 function strip(row) {
+  if (!row.weightShades) return null;
   const cells = Math.min(36, row.weightShades.length), middle = 20;
   return el("div", { class: "strip", "aria-hidden": "true" }, Array.from({ length: cells }, (_, cell) => {
     const stretch = row.weightShades.slice(Math.floor(cell * row.weightShades.length / cells), Math.max(1, Math.floor((cell + 1) * row.weightShades.length / cells)));
@@ -316,11 +314,11 @@ function legend() {
 }
 
 function heatMap(row) {
-  const shades = mode === "score" && row.scoreShades ? row.scoreShades : row.weightShades;
+  const shades = (mode === "score" ? row.scoreShades : row.weightShades) || [];
   const map = el("div", { class: "heat", id: "heat", tabindex: "0", "aria-label": "response, colored by " + mode });
   row.tokens.forEach((token, index) => {
     const text = token === "" ? "◌" : token.replace(/\n/g, "↵\n");
-    const classes = ["t", `h${shades[index]}`, row.roles[index]];
+    const classes = ["t", `h${shades[index] ?? 20}`, row.roles[index]];
     if (token === "") classes.push("unseen");
     if (row.brokenToken === index) classes.push("fault");
     // A word keeps its box in one piece: the line breaks before its space, not after.
@@ -351,12 +349,14 @@ const nats = (hundredths) => `${signed(hundredths / 100)} nats`;
 
 function explain(row, node) {
   hush();
-  const token = Number(node.dataset.token), role = row.roles[token], weight = row.weights[token] / 1000;
-  const facts = [["role", ROLE[role]], ["weight", `× ${weight.toFixed(3)}`]];
-  if (row.scores && role !== "O") facts.push([role === "P" ? "visual dependency" : "perception consistency", nats(row.scores[token])]);
+  if (row.length === undefined) return;
+  const token = Number(node.dataset.token), role = row.roles[token], weight = row.weights && row.weights[token] / 1000;
+  const facts = [["role", ROLE[role]], ["weight", row.weights ? `× ${weight.toFixed(3)}` : "-"]];
+  const has = (values) => values && role !== "O" && values[token] !== null;
+  if (has(row.scores)) facts.push([role === "P" ? "visual dependency" : "perception consistency", nats(row.scores[token])]);
   if (row.logProbs) facts.push(["log-prob", nats(row.logProbs[token])]);
-  if (row.otherLogProbs && role !== "O") facts.push([role === "P" ? "with the image corrupted" : "with another perception", nats(row.otherLogProbs[token])]);
-  if (row.advantage !== undefined) facts.push(["advantage", signed(weight * row.advantage, 3)]);
+  if (has(row.otherLogProbs)) facts.push([role === "P" ? "with the image corrupted" : "with another perception", nats(row.otherLogProbs[token])]);
+  if (row.advantage !== undefined && row.weights) facts.push(["advantage", signed(weight * row.advantage, 3)]);
   const tip = at("tooltip");
   tip.replaceChildren(el("div", { class: "token" }, JSON.stringify(row.tokens[token])), el("dl", {}, facts.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
   tip.hidden = false;
@@ -388,15 +388,15 @@ function drawDetail(row) {
   else if (row.reference !== undefined) parts.push(el("div", { class: "ask" }, el("b", {}, "Right answer"), row.reference));
   if (row.broken !== "none") {
     const entry = data.broken.find((candidate) => candidate.reason === row.broken);
-    parts.push(el("p", { class: "verdict" }, `Malformed: ${entry.meaning}${row.brokenToken === undefined ? "" : ", framed below"}. Every token keeps weight 1.`));
+    parts.push(el("p", { class: "verdict" }, `Malformed: ${entry.meaning}${row.brokenToken === undefined ? "" : ", framed below"}.${row.weights ? " Every token keeps weight 1." : ""}`));
   }
-  const modes = row.scores ? ["weight", "score"] : ["weight"];
-  if (!modes.includes(mode)) mode = "weight";
+  const modes = [row.weights ? "weight" : null, row.scores ? "score" : null].filter(Boolean);
+  if (!modes.includes(mode)) mode = modes[0] || "weight";
   parts.push(el("div", { class: "tools" },
     el("div", {},
       el("div", { class: "switch", role: "group", "aria-label": "Color by" }, modes.map((name) => el("button", { type: "button", id: `mode-${name}`, "aria-pressed": String(mode === name), on: { click: () => { mode = name; drawDetail(row); } } }, name === "weight" ? "Weight" : "Score, nats"))),
       el("div", { class: "key" }, el("span", {}, el("i", { class: "thin bg-perception" }), "perception"), el("span", {}, el("i", { class: "thin dotted" }), "reasoning (dotted)"))),
-    legend()));
+    modes.length ? legend() : el("p", { class: "muted" }, row.length === undefined ? "Tokens are not recorded." : "Weights are not known.")));
   const reading = el("div", { class: "reading" });
   if (row.image) {
     const picture = el("img", { src: data.images[row.image], alt: "the image of this prompt" });
@@ -410,9 +410,9 @@ function drawDetail(row) {
 
   const facts = el("div", { class: "facts" });
   const fact = (name, value) => facts.append(el("span", {}, `${name} `, el("b", {}, value)));
-  fact("tokens", whole(row.tokens.length));
+  fact("tokens", row.length === undefined ? "-" : whole(row.length));
   for (const letter of "PR") {
-    const of = row.weights.filter((_, token) => row.roles[token] === letter);
+    const of = (row.weights || []).filter((_, token) => row.roles[token] === letter);
     if (of.length) fact(`${ROLE[letter]} weight`, `${(of.reduce((sum, weight) => sum + weight, 0) / of.length / 1000).toFixed(2)} mean, ${(Math.min(...of) / 1000).toFixed(2)}–${(Math.max(...of) / 1000).toFixed(2)}`);
   }
   if (!row.finished) fact("cut off", "yes");
@@ -428,8 +428,9 @@ function drawSample() {
   if (images || imagesLeftOut || imagesMissing) parts.push(`${plural(images, "image")}${imagesLeftOut ? `, ${whole(imagesLeftOut)} left out to keep the page small` : ""}${imagesMissing ? `, ${whole(imagesMissing)} not found or not readable` : ""}`);
   at("sample").textContent = parts.join("; ");
   at("footer").append(
-    el("p", {}, `All figures and distributions are over all ${plural(data.counts.responses, "response")}; the list shows ${shown === total ? "all" : "a sample"} of them. A kind is a reason to be malformed, or a combination of right and wrong answer and perception.`),
-    el("p", {}, `Weights are ${data.weights === "recorded" ? "the trainer's own" : data.weights === "computed" ? `computed from the recorded log-probs, with ${data.options}` : `the trainer's own where recorded, else computed with ${data.options}`}. 1 is GRPO. Quantiles are exact to 0.3 % of their value.`),
+    el("p", {}, `Figures and distributions are over all of the ${plural(data.counts.responses, "response")} that have what a figure needs, and "-" where none has; the list shows ${shown === total ? "all" : "a sample"} of them. A kind is a reason to be malformed, or a combination of right and wrong answer and perception.`),
+    el("p", {}, `Right answers: ${data.right}.`),
+    el("p", {}, `Weights are ${data.weights === "not known" ? data.weights : data.weights === "recorded" ? "the trainer's own" : data.weights === "computed" ? `computed from the recorded log-probs, with ${data.options}` : `the trainer's own where recorded, else computed with ${data.options}`}. 1 is GRPO. Quantiles are exact to 0.3 % of their value.`),
     el("p", {}, `Written by srpo_core ${data.version}.`));
 }
 

@@ -33,8 +33,8 @@ from srpo_core.rollouts import (
     score_rollouts,
     summarize_rollouts,
 )
+from srpo_core.rollouts.counts import UNKNOWN
 from srpo_core.rollouts.record import ROLE_LETTERS
-from srpo_core.tags import BrokenReason
 
 __all__ = ["report_files", "report_rollouts"]
 
@@ -178,21 +178,17 @@ def _shades(theme: Theme) -> str:
 
 
 def _row(summary: Summary, index: int, scored: ScoredRollout, advantage: float) -> dict[str, Any]:
-    rollout = scored.rollout
-    pieces = rollout.pieces or [rollout.text]
-    weights = scored.weights if len(rollout) else np.ones(1, np.float32)
-    scores = scored.scores if len(rollout) else np.zeros(1, np.float32)
-    roles = scored.roles if len(rollout) else np.zeros(1, np.int64)
+    rollout, roles = scored.rollout, scored.roles
+    right, perception_right, broken = (int(summary.columns[n][index]) for n in ("right", "perception_right", "broken"))
     _, position = fault(rollout)
     row = {
         "index": index,
-        "tokens": pieces,
-        "roles": "".join(ROLE_LETTERS[Role(role)] for role in roles),
-        "weights": np.rint(1000 * weights.astype(np.float64)).astype(int).tolist(),
-        "weightShades": weight_shade(weights).tolist(),
-        "broken": scored.broken.name.lower(),
-        "right": rollout.is_right,
-        "perceptionRight": rollout.perception_correct,
+        "tokens": rollout.pieces if scored.has_tokens else [rollout.text],
+        "length": len(rollout) if scored.has_tokens else None,
+        "roles": "".join(ROLE_LETTERS[Role(role)] for role in roles) if scored.has_tokens else "O",
+        "broken": "none" if broken == UNKNOWN else scored.broken.name.lower(),
+        "right": None if right == UNKNOWN else bool(right),
+        "perceptionRight": None if perception_right == UNKNOWN else bool(perception_right),
         "reward": rollout.reward,
         "advantage": None if math.isnan(advantage) else round(advantage, 4),
         "group": None if rollout.group is None else str(rollout.group),
@@ -203,26 +199,35 @@ def _row(summary: Summary, index: int, scored: ScoredRollout, advantage: float) 
         "extra": json.dumps(rollout.extra, ensure_ascii=False) if rollout.extra else None,
         "finished": rollout.finished,
     }
-    if scored.has_contrast:
-        row |= {"scores": _hundredths(scores), "scoreShades": score_shade(scores).tolist()}
-    if scored.broken != BrokenReason.NONE and position is not None and rollout.ends is not None:
-        row["brokenToken"] = int(min(np.searchsorted(rollout.ends, position, side="right"), len(pieces) - 1))
+    if scored.has_tokens and scored.has_weights:
+        weights = scored.weights
+        row["weights"] = np.rint(1000 * weights.astype(np.float64)).astype(int).tolist()
+        row["weightShades"] = weight_shade(weights).tolist()
+    if scored.has_tokens and scored.has_contrast:
+        known = np.isin(roles, [int(role) for role in scored.known_scores])
+        row |= {"scores": _hundredths(scored.scores, known), "scoreShades": score_shade(scored.scores).tolist()}
+    if row["broken"] != "none" and position is not None and rollout.ends is not None and len(rollout):
+        row["brokenToken"] = int(min(np.searchsorted(rollout.ends, position, side="right"), len(rollout) - 1))
     if rollout.old_log_probs is not None:
         row["logProbs"] = _hundredths(rollout.old_log_probs)
-        other = np.zeros_like(rollout.old_log_probs)
+        other, known = np.zeros_like(rollout.old_log_probs), np.zeros(len(rollout), dtype=bool)
         for role, values in (
             (Role.PERCEPTION, rollout.corrupted_log_probs),
             (Role.REASONING, rollout.counterfactual_log_probs),
         ):
             if values is not None:
                 other = np.where(roles == int(role), values, other)
-        row["otherLogProbs"] = _hundredths(other)
+                known |= roles == int(role)
+        row["otherLogProbs"] = _hundredths(other, known)
     if summary.places:
         place = summary.places[index]
         row |= {"file": place.file, "line": place.line}
     return {name: value for name, value in row.items() if value is not None}
 
 
-def _hundredths(values: NDArray[np.floating]) -> list[int]:
+def _hundredths(values: NDArray[np.floating], known: NDArray[np.bool_] | None = None) -> list[int | None]:
     # JSON has no infinity: it is shown as a large number.
-    return np.rint(100 * np.clip(values.astype(np.float64), -999.0, 999.0)).astype(int).tolist()
+    numbers: list[int | None] = np.rint(100 * np.clip(values.astype(np.float64), -999.0, 999.0)).astype(int).tolist()
+    for token in [] if known is None else np.flatnonzero(~known).tolist():
+        numbers[token] = None
+    return numbers

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from srpo_core.diagnostics import QUANTILES, ROLE_NAMES
 from srpo_core.roles import Role
-from srpo_core.rollouts.scoring import ScoredRollout
+from srpo_core.rollouts.record import Rollout
+from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions
 
 # Weights are counted on a grid of equal ratios that holds 1, scores on a grid of equal steps of asinh that holds 0. A
 # quantile read off a grid lies between two values that are exact to 0.3 %, however many tokens there are.
@@ -24,13 +25,17 @@ SCORE_GRID = _SCORE_UNIT * np.sinh(
 #: Stands for an unknown value in columns that otherwise hold 0 for no and 1 for yes.
 UNKNOWN = -1
 
+# What is known of an answer. The last two are folded when all files are read: rewards that are only 0 and 1 tell right
+# from wrong, others do not.
+WRONG, RIGHT, UNTOLD, REWARD_0, REWARD_1 = range(5)
+
 
 class Counted(NamedTuple):
     """The numbers of some responses.
 
     Attributes:
         columns: Arrays with one entry per response.
-        weights: Tokens by role, answer (wrong, right, unknown) and weight.
+        weights: Tokens by role, answer (wrong, right, unknown, reward 0, reward 1) and weight.
         scores: Tokens by role and score.
         extremes: Least and greatest weight by role.
     """
@@ -41,11 +46,14 @@ class Counted(NamedTuple):
     extremes: NDArray[np.float64]
 
 
-def count(scored: Sequence[ScoredRollout], *, score_clip: float) -> Counted:
-    """The numbers of scored rollouts."""
+def count(scored: Sequence[ScoredRollout], options: ScoringOptions) -> Counted:
+    """The numbers of scored rollouts. Sums are over what is known: what is not has no part in them, not even as a 0."""
     rollouts = [row.rollout for row in scored]
+    score_clip = options.config.score_clip
     lengths = np.array([len(row.weights) for row in scored], dtype=np.int64)
-    right = np.array([_flag(rollout.is_right) for rollout in rollouts], dtype=np.int64)
+    # Where tokens are known to be none, as of padding, there is no response to be judged.
+    is_response = np.array([len(row.weights) > 0 or not row.has_tokens for row in scored], dtype=bool)
+    answers = np.where(is_response, [_answer(rollout, options) for rollout in rollouts], UNTOLD).astype(np.int64)
     # All tokens of all responses in a row, and which response each belongs to.
     response = np.repeat(np.arange(len(scored)), lengths)
     roles, weights, scores = (
@@ -53,39 +61,48 @@ def count(scored: Sequence[ScoredRollout], *, score_clip: float) -> Counted:
         for name in ("roles", "weights", "scores")
     )
     weights, scores = weights.astype(np.float64), scores.astype(np.float64)
+    has_weights = np.array([row.has_weights for row in scored], dtype=bool)
+    weighed = has_weights[response]
 
-    def total(values: NDArray[np.float64], where: NDArray[np.bool_] | slice = slice(None)) -> NDArray[np.float64]:
+    def total(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
         return np.bincount(response[where], weights=values[where], minlength=len(scored)).astype(np.float64)
+
+    def number(where: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(response[where], minlength=len(scored))
 
     noise, repeated = np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
     down, up, diverged = np.zeros_like(weights), np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
     for row, (start, rollout) in enumerate(zip(lengths.cumsum() - lengths, rollouts, strict=True)):
         tokens = slice(start, start + lengths[row])
         if rollout.down_divergence is not None and rollout.up_divergence is not None:
-            diverged[row] = True
+            diverged[row] = has_weights[row]  # without weights nothing says which tokens these are about
             down[tokens], up[tokens] = rollout.down_divergence, rollout.up_divergence
         if rollout.old_log_probs is not None and rollout.repeated_log_probs is not None:
             repeated[row] = True
             with np.errstate(invalid="ignore"):  # minus infinity in both passes: no noise
                 difference = np.nan_to_num(rollout.old_log_probs - rollout.repeated_log_probs, nan=0.0)
             noise[tokens] = np.clip(difference, -score_clip, score_clip)
-    emphasized = (roles == int(Role.PERCEPTION)) & (weights > 1.0)  # the tokens that interference looks at
+    # The tokens that interference looks at.
+    emphasized = weighed & (roles == int(Role.PERCEPTION)) & (weights > 1.0)
 
     columns: dict[str, NDArray[Any]] = {
         "tokens": lengths,
+        "has_tokens": np.array([row.has_tokens for row in scored], dtype=bool),
         "reward": np.array([_nan(rollout.reward) for rollout in rollouts], dtype=np.float64),
         "advantage": np.array([_nan(rollout.advantage) for rollout in rollouts], dtype=np.float64),
-        "right": right,
+        "answer": answers,
+        "only_reward": np.array([_has_only_reward(rollout, options) for rollout in rollouts], dtype=bool),
         "perception_right": np.array([_flag(rollout.perception_correct) for rollout in rollouts], dtype=np.int64),
-        "broken": np.array([int(row.broken) for row in scored], dtype=np.int64),
+        "broken": np.where(is_response, [int(row.broken) for row in scored], UNKNOWN).astype(np.int64),
         "step": np.array([UNKNOWN if rollout.step is None else rollout.step for rollout in rollouts], dtype=np.int64),
         "swapped": np.array([_flag(rollout.swapped) for rollout in rollouts], dtype=np.int64),
         "recorded": np.array([rollout.weights is not None for rollout in rollouts], dtype=bool),
         "contrast": np.array([row.has_contrast for row in scored], dtype=bool),
         "repeated": repeated,
-        "weights": total(weights),
-        "squared_weights": total(weights**2),
-        "squared_scored_weights": total(weights**2, roles > 0),
+        "weighed": np.where(has_weights, lengths, 0),
+        "weights": total(weights, weighed),
+        "squared_weights": total(weights**2, weighed),
+        "squared_scored_weights": total(weights**2, weighed & (roles > 0)),
         "diverged": diverged,
         "down_divergence": total(down, emphasized),
         "up_divergence": total(up, emphasized),
@@ -93,21 +110,24 @@ def count(scored: Sequence[ScoredRollout], *, score_clip: float) -> Counted:
     weight_counts, score_counts, extremes = [], [], no_extremes()
     for index, (role, name) in enumerate(ROLE_NAMES.items()):
         where = roles == int(role)
-        of_weights, of_scores = weights[where], scores[where]
+        of_role = where & weighed
+        known = where & np.array([role in row.known_scores for row in scored], dtype=bool)[response]
+        of_weights, of_scores = weights[of_role], scores[known]
         columns |= {
-            f"{name}/tokens": np.bincount(response[where], minlength=len(scored)),
-            f"{name}/weights": total(weights, where),
-            f"{name}/scores": total(scores, where),
-            f"{name}/squared_scores": total(scores**2, where),
-            f"{name}/clipped": total((np.abs(scores) >= score_clip).astype(np.float64), where),
+            f"{name}/tokens": number(where),
+            f"{name}/weighed": number(of_role),
+            f"{name}/weights": total(weights, of_role),
+            f"{name}/scored": number(known),
+            f"{name}/scores": total(scores, known),
+            f"{name}/squared_scores": total(scores**2, known),
+            f"{name}/clipped": total((np.abs(scores) >= score_clip).astype(np.float64), known),
             f"{name}/squared_noise": total(noise**2, where),
         }
         columns[f"{name}/repeated"] = np.where(repeated, columns[f"{name}/tokens"], 0)
         with np.errstate(divide="ignore"):  # a weight of 0 is counted at the low end
             bins = _bins(np.log2(of_weights) * _WEIGHT_STEPS, len(WEIGHT_GRID))
-        answer = right[response[where]] % 3  # unknown last
-        counted = np.bincount(answer * len(WEIGHT_GRID) + bins, minlength=3 * len(WEIGHT_GRID))
-        weight_counts.append(counted.reshape(3, -1))
+        counted = np.bincount(answers[response[of_role]] * len(WEIGHT_GRID) + bins, minlength=5 * len(WEIGHT_GRID))
+        weight_counts.append(counted.reshape(5, -1))
         bins = _bins(np.arcsinh(of_scores / _SCORE_UNIT) * _SCORE_STEPS, len(SCORE_GRID))
         score_counts.append(np.bincount(bins, minlength=len(SCORE_GRID)))
         if len(of_weights):
@@ -115,9 +135,44 @@ def count(scored: Sequence[ScoredRollout], *, score_clip: float) -> Counted:
     return Counted(columns, np.stack(weight_counts), np.stack(score_counts), extremes)
 
 
+def right_of(rollout: Rollout, options: ScoringOptions) -> bool | None:
+    """Whether an answer is right, as far as one response tells: by the rule of the options, else as recorded."""
+    return rollout.is_right if options.right is None else options.right.of_reward(rollout.reward)
+
+
+def _answer(rollout: Rollout, options: ScoringOptions) -> int:
+    right = right_of(rollout, options)
+    if right is not None:
+        return RIGHT if right else WRONG
+    if _has_only_reward(rollout, options) and rollout.reward in (0.0, 1.0):
+        return REWARD_1 if rollout.reward else REWARD_0
+    return UNTOLD
+
+
+def _has_only_reward(rollout: Rollout, options: ScoringOptions) -> bool:
+    """Whether nothing but the reward may tell. A trainer that has a rule, and still does not say, does not know."""
+    told = options.right is not None or rollout.correct is not None or rollout.correct_by is not None
+    return rollout.reward is not None and not told
+
+
+def fold(counted: Counted) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+    """What is right, when all responses are counted: where no rule tells, rewards that are all 0 or 1 do.
+
+    Returns:
+        For each response 0, 1 or `UNKNOWN`; the tokens by role, answer (wrong, right, unknown) and weight; and whether
+        rewards told.
+    """
+    columns, weights = counted.columns, counted.weights
+    rewards = columns["reward"][columns["only_reward"]]
+    told = len(rewards) > 0 and bool(np.isin(rewards, (0.0, 1.0)).all())
+    meaning = np.array([0, 1, UNKNOWN, 0, 1] if told else [0, 1, UNKNOWN, UNKNOWN, UNKNOWN])
+    folded = np.stack([weights[:, meaning == answer].sum(1) for answer in (0, 1, UNKNOWN)], 1)
+    return meaning[columns["answer"]], folded, told
+
+
 def no_weights() -> NDArray[np.int64]:
     """Counts of weights where there are no tokens."""
-    return np.zeros((len(ROLE_NAMES), 3, len(WEIGHT_GRID)), np.int64)
+    return np.zeros((len(ROLE_NAMES), 5, len(WEIGHT_GRID)), np.int64)
 
 
 def no_scores() -> NDArray[np.int64]:
@@ -130,15 +185,15 @@ def no_extremes() -> NDArray[np.float64]:
     return np.array([[np.inf, -np.inf]] * len(ROLE_NAMES))
 
 
-def quantiles(name: str, counts: NDArray[np.int64], grid: NDArray[np.float64], *, empty: float) -> dict[str, float]:
-    """The quantiles of counted values, by their names in a metric; `empty` where nothing was counted."""
-    return {f"{name}/{key}": _quantile(counts, grid, percent, empty) for key, percent in QUANTILES.items()}
-
-
-def _quantile(counts: NDArray[np.int64], grid: NDArray[np.float64], percent: int, empty: float) -> float:
+def quantiles(name: str, counts: NDArray[np.int64], grid: NDArray[np.float64]) -> dict[str, float]:
+    """The quantiles of counted values, by their names in a metric; none where nothing was counted."""
     cumulative = counts.cumsum()
     if not cumulative[-1]:
-        return empty
+        return {}
+    return {f"{name}/{key}": _quantile(cumulative, grid, percent) for key, percent in QUANTILES.items()}
+
+
+def _quantile(cumulative: NDArray[np.int64], grid: NDArray[np.float64], percent: int) -> float:
     rank = percent * (int(cumulative[-1]) - 1)
     low, high = (grid[np.searchsorted(cumulative, 1 + number)] for number in (rank // 100, -(-rank // 100)))
     return float(low + rank % 100 / 100 * (high - low))

@@ -1,7 +1,5 @@
 """One recorded response, and how a line of a rollout file is read and checked."""
 
-import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo_core.roles import Role
+from srpo_core.rollouts.lines import NotJSON, is_blank, load_json, load_strictly, load_with_stdlib, not_a_rollout_file
 from srpo_core.tags import DEFAULT_TAGS, BrokenReason, RoleTags
 
-__all__ = ["SCHEMA_PATH", "Rollout", "RolloutError", "parse_rollout", "read_rollouts"]
+__all__ = ["SCHEMA_PATH", "Rollout", "RolloutError", "check_file", "load_json", "load_with_stdlib", "parse_rollout"]
+__all__ += ["read_rollouts"]
 
 #: The JSON Schema of a line.
 SCHEMA_PATH = Path(__file__).with_name("rollouts.schema.json")
@@ -26,9 +26,10 @@ SCHEMA_PATH = Path(__file__).with_name("rollouts.schema.json")
 ROLE_LETTERS = {Role.OTHER: "O", Role.PERCEPTION: "P", Role.REASONING: "R"}
 LOG_PROBS = ("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs", "repeated_log_probs")
 DIVERGENCES = ("down_divergence", "up_divergence")
+KINDS = ("perception", "reasoning", "answer")  # of blocks
 
 _BROKEN = {reason.name.lower(): reason for reason in BrokenReason}
-_MAX_LOG_PROB = 1e-3  # rounding may turn log 1 into this much
+MAX_LOG_PROB = 1e-3  # rounding may turn log 1 into this much
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -72,6 +73,7 @@ class Rollout:
         reward: In any unit.
         advantage: As the trainer computed it.
         correct: Whether the answer is right.
+        correct_by: The rule that says so, in words.
         perception_correct: Whether the perception is right.
         group: Responses of one step with equal groups answer the same prompt.
         step: Training step.
@@ -82,6 +84,8 @@ class Rollout:
         reference: The right answer.
         image: Path of the image, as recorded.
         tags: Opening and closing tags.
+        open_at_start: The kind of block that the prompt left open, so that the response begins inside it:
+            ``perception``, ``reasoning`` or ``answer``; None: no block.
         extra: Anything else.
     """
 
@@ -101,6 +105,7 @@ class Rollout:
     reward: float | None = None
     advantage: float | None = None
     correct: bool | None = None
+    correct_by: str | None = None
     perception_correct: bool | None = None
     group: int | str | None = None
     step: int | None = None
@@ -111,6 +116,7 @@ class Rollout:
     reference: str | None = None
     image: str | None = None
     tags: RoleTags = DEFAULT_TAGS
+    open_at_start: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -128,23 +134,22 @@ class Rollout:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the answer is right; where only the reward is known, whether that is above 0."""
-        if self.correct is not None or self.reward is None:
-            return self.correct
-        return self.reward > 0
+        """Whether the answer is right, as recorded. A reward alone does not tell: see :class:`CorrectRule`."""
+        return self.correct
 
 
 def read_rollouts(
     path: str | os.PathLike[str], *, on_error: Callable[[RolloutError], None] | None = None
 ) -> Iterator[Rollout]:
-    """The rollouts of a file, one at a time. Blank lines are skipped.
+    """The rollouts of a file, one at a time. Blank lines are skipped, and so is a byte-order mark.
 
     Args:
         path: The file.
         on_error: Called with the error of each malformed line, which is then left out. None: the first one raises.
 
     Raises:
-        RolloutError: If a line is malformed and there is no `on_error`; it has the line's number and the reason.
+        RolloutError: If a line is malformed and there is no `on_error`; it has the line's number and the reason. Also
+            if the whole file is something else, such as the log of another tool.
         OSError: If the file cannot be read.
 
     Example:
@@ -157,9 +162,10 @@ def read_rollouts(
         ab 1.0
         line 2 'token' is not a field of a rollout; did you mean 'tokens'?
     """
+    check_file(path)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.isspace():
+            if is_blank(line):
                 continue
             try:
                 rollout = parse_rollout(line)
@@ -172,11 +178,17 @@ def read_rollouts(
                 yield rollout
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise a :class:`RolloutError` that names what a file is, if its beginning shows that it holds no rollouts."""
+    if (instead := not_a_rollout_file(path)) is not None:
+        raise RolloutError(f"this is {instead}", path=path)
+
+
 def parse_rollout(line: bytes | str) -> Rollout:
     """The rollout of one line.
 
     The line must satisfy the JSON Schema at :data:`SCHEMA_PATH`. In addition all arrays must have one entry per token,
-    and offsets must lie within the text.
+    and offsets must lie within the text. A field that is null is not recorded.
 
     Raises:
         RolloutError: If the line is not a rollout, with the reason.
@@ -187,32 +199,12 @@ def parse_rollout(line: bytes | str) -> Rollout:
         ('<think>two', array([0, 7]), array([-0.5, -inf], dtype=float32))
     """
     try:
-        fields = load_json(line.strip())
-    except json.JSONDecodeError as error:
-        raise RolloutError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:
-        raise RolloutError(f"not JSON: {error}") from None
+        fields = load_strictly(line, load_json)
+    except NotJSON as error:
+        raise RolloutError(str(error)) from None
     if not isinstance(fields, dict):
         raise RolloutError(f"a rollout is a JSON object, got {_kind(fields)}")
     return _rollout(fields)
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_stdlib_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
-
-
-def load_with_stdlib(line: bytes | str) -> Any:
-    """What `load_json` does where orjson is not installed."""
-    return _stdlib_loads(line.decode() if isinstance(line, bytes) else line)
-
-
-try:  # optional, and three times as fast
-    load_json: Callable[[bytes | str], Any] = importlib.import_module("orjson").loads
-except ImportError:
-    load_json = load_with_stdlib
 
 
 def _rollout(fields: dict[str, Any]) -> Rollout:
@@ -220,7 +212,7 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
         near = get_close_matches(name, _READERS, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "put what is your own under 'extra'"
         raise RolloutError(f"{name!r} is not a field of a rollout; {remedy}")
-    values = {name: _READERS[name](name, value) for name, value in fields.items()}
+    values = {name: _READERS[name](name, value) for name, value in fields.items() if value is not None}
     if len(lacking := [name for name in DIVERGENCES if name not in values]) == 1:
         raise RolloutError(f"{lacking[0]} is missing; {' and '.join(DIVERGENCES)} come together")
 
@@ -318,7 +310,7 @@ def _not_negative(name: str, value: Any) -> NDArray[np.float32]:
 
 def _log_prob_array(name: str, value: Any) -> NDArray[np.float32]:
     numbers = _numbers(name, value, null=-np.inf)
-    if len(numbers) and numbers.max() > _MAX_LOG_PROB:
+    if len(numbers) and numbers.max() > MAX_LOG_PROB:
         index = int(numbers.argmax())
         raise RolloutError(f"{name}[{index}] is {numbers[index]:g}; a log-probability is at most 0")
     return numbers
@@ -373,12 +365,27 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 
 
 def _tags(name: str, value: Any) -> RoleTags:
-    if _object(name, value).keys() != {"perception", "reasoning", "answer"}:
+    if _object(name, value).keys() - {"nested"} != set(KINDS):
         raise RolloutError(f"{name} must have perception, reasoning and answer, got {', '.join(value) or 'none'}")
+    for kind in KINDS:
+        tags = value[kind]
+        if kind == "answer" and tags is None:
+            continue
+        if type(tags) is not list or len(tags) not in (1, 2) or not all(type(tag) is str and tag for tag in tags):
+            raise RolloutError(f"{name}.{kind} must be an opening and a closing tag, or one heading, in an array")
+    fields: dict[str, Any] = {kind: None if value[kind] is None else tuple(value[kind]) for kind in KINDS}
+    if "nested" in value and _boolean(f"{name}.nested", value["nested"]):
+        fields["nested"] = True
     try:
-        return RoleTags(**value)
+        return RoleTags(**fields)
     except ValueError as error:
         raise RolloutError(f"{name}: {error}") from None
+
+
+def _kind_of_block(name: str, value: Any) -> str:
+    if type(value) is not str or value not in KINDS:
+        raise RolloutError(f"{name} must be one of {', '.join(KINDS)}, got {value!r}")
+    return value
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
@@ -394,7 +401,8 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("correct", "perception_correct", "finished", "swapped"), _boolean),
     "group": _group,
     "step": _step,
-    **dict.fromkeys(("id", "prompt", "reference", "image"), _string),
+    **dict.fromkeys(("id", "prompt", "reference", "image", "correct_by"), _string),
     "tags": _tags,
+    "open_at_start": _kind_of_block,
     "extra": _object,
 }

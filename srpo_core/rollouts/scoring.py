@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srpo_core.contrasts import perception_consistency, visual_dependency
+from srpo_core.diagnostics import ROLE_NAMES
 from srpo_core.options import AnswerRole, ContrastKind, CreditOptions
 from srpo_core.roles import Role, label_tokens, roles_of_blocks
+from srpo_core.rollouts.correct import CorrectRule
 from srpo_core.rollouts.record import Rollout
+from srpo_core.rollouts.retag import Retag
 from srpo_core.tags import BrokenReason, parse_response
 from srpo_core.weights import shared_baseline_weights
 
@@ -41,18 +44,28 @@ class ScoringOptions:
         config: How scores and weights are made, as in training, with the full `mix` at every step.
         answer_role: What answer tokens count as, where the roles are read from the text.
         recompute: Whether scores and weights are computed even where the trainer's own are recorded.
+        right: Which responses count as right, by their reward, whatever is recorded. None: as recorded.
+        tags: Which tags to read responses with instead of the recorded ones; see :class:`Retag`.
 
     Raises:
-        ValueError: If `answer_role` is unknown, or the options need more than a file holds: a divergence as a score
-            needs the full distributions, and ``scale="ema_rms"`` the order of training.
+        ValueError: If `answer_role` is unknown, `right` names a reward function, whose rewards are in no file, or the
+            options need more than a file holds: a divergence as a score needs the full distributions, and
+            ``scale="ema_rms"`` the order of training.
     """
 
     config: CreditOptions = field(default_factory=CreditOptions)
     _: KW_ONLY
     answer_role: AnswerRole = "reasoning"
     recompute: bool = False
+    right: CorrectRule | None = None
+    tags: Retag = field(default_factory=Retag)
 
     def __post_init__(self) -> None:
+        if self.right is not None and self.right.function is not None:
+            raise ValueError(
+                f"right must be a threshold on the whole reward, such as '>=1.0', got '{self.right}': a rollout file "
+                "does not hold the rewards of single functions"
+            )
         roles_of_blocks(self.answer_role)
         for name, values in SERVED.items():
             if (value := getattr(self.config, name)) not in values:
@@ -69,7 +82,9 @@ class ScoredRollout(NamedTuple):
         broken: Why the response is malformed.
         scores: Visual dependency of perception tokens and perception consistency of reasoning tokens, nats.
         weights: As recorded, or computed.
-        has_contrast: Whether scores are known; where they are not, computed weights are 1.
+        has_weights: Whether the weights are known: recorded, or computed from a contrast. Else `weights` are 1.
+        known_scores: Roles whose scores are known: recorded, or with the log-probs of their second pass. Those of the
+            other role are 0 in `scores`.
     """
 
     rollout: Rollout
@@ -77,7 +92,18 @@ class ScoredRollout(NamedTuple):
     broken: BrokenReason
     scores: NDArray[np.float32]
     weights: NDArray[np.float32]
-    has_contrast: bool
+    has_weights: bool
+    known_scores: frozenset[Role]
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether the scores of any role are known."""
+        return bool(self.known_scores)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the tokens are known."""
+        return self.rollout.starts is not None
 
 
 def score_rollouts(rollouts: Iterable[Rollout], options: ScoringOptions | None = None) -> Iterator[ScoredRollout]:
@@ -85,7 +111,8 @@ def score_rollouts(rollouts: Iterable[Rollout], options: ScoringOptions | None =
 
     Recorded roles, scores and weights are used where there are any. Otherwise roles come from the text, scores from
     the log-probs and weights from the scores. With ``recompute`` scores come from the log-probs wherever these are
-    recorded, and weights always from the scores. A rollout with neither log-probs nor scores has scores of 0.
+    recorded, and weights always from the scores. What is not known (the scores of a rollout with neither log-probs nor
+    scores) is told by `has_weights` and `known_scores`: it has no part in any figure.
 
     Args:
         rollouts: As read.
@@ -105,7 +132,7 @@ def score_rollouts(rollouts: Iterable[Rollout], options: ScoringOptions | None =
     options = options or ScoringOptions()
     if options.config.scale == "batch_rms":
         raise ValueError("scale='batch_rms' needs all rollouts at once: use summarize_files, or scale='fixed'")
-    rollouts = iter(rollouts)
+    rollouts = map(options.tags, rollouts)
     while window := list(islice(rollouts, _WINDOW)):
         # Sorted by length, so that one long response does not pad all others.
         order = sorted(range(len(window)), key=lambda index: len(window[index]))
@@ -137,9 +164,11 @@ def _score_batch(rollouts: list[Rollout], options: ScoringOptions) -> list[Score
         rollouts, *zip(*segmented, strict=True), scores.numpy(), computed.numpy(), strict=True
     ):
         length = len(rollout)
-        weights = rollout.weights if rollout.weights is not None and not options.recompute else row_weights[:length]
-        has_contrast = rollout.scores is not None or _has_log_probs(rollout)
-        results.append(ScoredRollout(rollout, row_roles, broken, row_scores[:length], weights, has_contrast))
+        known = _second_passes(rollout) if rollout.scores is None else frozenset(ROLE_NAMES)
+        recorded = None if options.recompute else rollout.weights
+        weights = row_weights[:length] if recorded is None else recorded
+        has_weights = recorded is not None or bool(known)
+        results.append(ScoredRollout(rollout, row_roles, broken, row_scores[:length], weights, has_weights, known))
     return results
 
 
@@ -163,18 +192,26 @@ def _scores(rollouts: list[Rollout], roles: Tensor, mask: Tensor, options: Scori
     )
     recorded = _padded([rollout.scores for rollout in rollouts], mask).clamp(-clip, clip)
     recorded = torch.where(mask & (roles != int(Role.OTHER)), recorded, 0.0)
-    use_recorded = [
-        rollout.scores is not None and not (options.recompute and _has_log_probs(rollout)) for rollout in rollouts
-    ]
-    return torch.where(torch.tensor(use_recorded)[:, None], recorded, visual + consistency)
+    scores = torch.zeros_like(old)
+    for role, computed in ((Role.PERCEPTION, visual), (Role.REASONING, consistency)):
+        use_recorded = [
+            rollout.scores is not None and not (options.recompute and role in _second_passes(rollout))
+            for rollout in rollouts
+        ]
+        of_role = torch.where(torch.tensor(use_recorded)[:, None], recorded, computed)
+        scores = torch.where(roles == int(role), of_role, scores)
+    return scores
 
 
-def _has_log_probs(rollout: Rollout) -> bool:
-    others = (rollout.corrupted_log_probs, rollout.counterfactual_log_probs)
-    return rollout.old_log_probs is not None and any(other is not None for other in others)
+def _second_passes(rollout: Rollout) -> frozenset[Role]:
+    """The roles whose contrast the log-probs tell."""
+    others = {Role.PERCEPTION: rollout.corrupted_log_probs, Role.REASONING: rollout.counterfactual_log_probs}
+    return frozenset(role for role, other in others.items() if rollout.old_log_probs is not None and other is not None)
 
 
 def _known_advantage(rollout: Rollout) -> float:
+    if not len(rollout):  # nothing is weighted
+        return 0.0
     if rollout.advantage is None:
         raise ValueError("sign='advantage' needs 'advantage' in every line: pass advantages to RolloutWriter.write")
     return rollout.advantage

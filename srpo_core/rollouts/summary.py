@@ -20,7 +20,8 @@ from srpo_core.diagnostics import ROLE_NAMES, Answer
 from srpo_core.options import GroupOptions
 from srpo_core.rollouts import counts
 from srpo_core.rollouts.counts import SCORE_GRID, UNKNOWN, WEIGHT_GRID, quantiles
-from srpo_core.rollouts.record import Rollout, RolloutError, parse_rollout
+from srpo_core.rollouts.lines import is_blank
+from srpo_core.rollouts.record import Rollout, RolloutError, check_file, parse_rollout
 from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions, score_rollouts
 from srpo_core.tags import BrokenReason
 
@@ -50,9 +51,11 @@ class Summary:
         columns: Arrays with one entry per response.
         groups: Which prompt each response answers; None where that is not recorded.
         places: Where each response was read.
-        weight_counts: Tokens by role, answer (wrong, right, unknown) and weight.
-        score_counts: Tokens by role and score.
+        weight_counts: Tokens by role, answer (wrong, right, unknown) and weight, where weights are known.
+        score_counts: Tokens by role and score, where scores are known.
         extremes: Least and greatest weight by role.
+        correct_by: The rules by which answers were recorded as right or wrong; ``""`` where the rule was not recorded.
+        rewards_tell: Whether answers count as right by their reward, because no rule is known and rewards are 0 or 1.
         errors: The first malformed lines.
         malformed: How many lines are malformed.
         lines: How many lines were read.
@@ -66,6 +69,8 @@ class Summary:
     weight_counts: NDArray[np.int64] = field(default_factory=counts.no_weights)
     score_counts: NDArray[np.int64] = field(default_factory=counts.no_scores)
     extremes: NDArray[np.float64] = field(default_factory=counts.no_extremes)
+    correct_by: set[str] = field(default_factory=set)
+    rewards_tell: bool = False
     errors: list[RolloutError] = field(default_factory=list)
     malformed: int = 0
     lines: int = 0
@@ -76,10 +81,14 @@ class Summary:
 
     @classmethod
     def of(cls, scored: Sequence[ScoredRollout], options: ScoringOptions) -> Self:
-        """The summary of a few scored rollouts."""
-        counted = counts.count(scored, score_clip=options.config.score_clip)
+        """The summary of a few scored rollouts, before the last one has told what is right: see :meth:`settled`."""
+        counted = counts.count(scored, options)
         rollouts = [row.rollout for row in scored]
-        groups = [None if rollout.group is None else (rollout.step or 0, str(rollout.group)) for rollout in rollouts]
+        steps = [UNKNOWN if rollout.step is None else rollout.step for rollout in rollouts]
+        groups = [
+            None if rollout.group is None else (step, str(rollout.group))
+            for step, rollout in zip(steps, rollouts, strict=True)
+        ]
         return cls(
             options,
             columns=counted.columns,
@@ -87,6 +96,7 @@ class Summary:
             weight_counts=counted.weights,
             score_counts=counted.scores,
             extremes=counted.extremes,
+            correct_by={rollout.correct_by or "" for rollout in rollouts if rollout.correct is not None},
         )
 
     @classmethod
@@ -100,6 +110,7 @@ class Summary:
             joined.score_counts += part.score_counts
             joined.extremes[:, 0] = np.minimum(joined.extremes[:, 0], part.extremes[:, 0])
             joined.extremes[:, 1] = np.maximum(joined.extremes[:, 1], part.extremes[:, 1])
+            joined.correct_by |= part.correct_by
             for error in part.errors[: _KEPT_ERRORS - len(joined.errors)]:
                 line = None if error.line is None else error.line + joined.lines
                 joined.errors.append(RolloutError(error.reason, line=line, path=error.path))
@@ -108,6 +119,13 @@ class Summary:
         filled = [part.columns for part in parts if part.columns] or [cls.of([], options).columns]
         joined.columns = {name: np.concatenate([columns[name] for columns in filled]) for name in filled[0]}
         return joined
+
+    def settled(self) -> Self:
+        """The same when all parts are joined: only then is it known whether rewards tell what is right."""
+        counted = counts.Counted(self.columns, self.weight_counts, self.score_counts, self.extremes)
+        right, weight_counts, told = counts.fold(counted)
+        columns = self.columns | {"right": right}
+        return replace(self, columns=columns, weight_counts=weight_counts, rewards_tell=told)
 
     @property
     def weight_grid(self) -> NDArray[np.float64]:
@@ -141,75 +159,75 @@ class Summary:
         return np.where(np.isnan(recorded), computed, recorded)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of :func:`~srpo_core.diagnostics.credit_diagnostics`, under its names, as far as they are known.
+        """The metrics of :func:`~srpo_core.diagnostics.credit_diagnostics`, under its names.
 
-        Quantiles, and the shares of scores above the noise, are exact to 0.3 % of the value. ``interference`` is
-        :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences, with the weights
-        as recorded: with recomputed weights it is left out, because the two steps divided the tokens by the old ones.
+        Each is over the responses, or the tokens, of which the files say what it needs; where there are none it is
+        absent. Quantiles, and the shares of scores above the noise, are exact to 0.3 % of the value. ``interference``
+        is :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences and weights, with
+        the weights as recorded: with recomputed weights it is left out, because the two steps divided the tokens by the
+        old ones.
         """
         columns = self.columns
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         for index, name in enumerate(ROLE_NAMES.values()):
             metrics |= self._role_metrics(index, name)
-        tokens = sum(columns[f"{name}/tokens"].sum() for name in ROLE_NAMES.values())
+        tokens = sum(columns[f"{name}/weighed"].sum() for name in ROLE_NAMES.values())
         weight = sum(columns[f"{name}/weights"].sum() for name in ROLE_NAMES.values())
-        square = tokens * columns["squared_scored_weights"].sum()
-        metrics["tokens/effective_fraction"] = _ratio(weight**2, square, 1.0)
+        metrics["tokens/effective_fraction"] = _ratio(weight**2, tokens * columns["squared_scored_weights"].sum())
 
-        real = columns["tokens"] > 0
-        structured = np.logical_or.reduce([columns[f"{name}/tokens"] > 0 for name in ROLE_NAMES.values()])
-        metrics["structured/fraction"] = _mean(structured[real])
-        metrics["broken/fraction"] = _mean(columns["broken"][real] != int(BrokenReason.NONE))
+        structured, both_roles = (
+            combined.reduce([columns[f"{name}/tokens"] > 0 for name in ROLE_NAMES.values()])
+            for combined in (np.logical_or, np.logical_and)
+        )
+        metrics["structured/fraction"] = _mean(structured[columns["tokens"] > 0])
+        broken = columns["broken"][columns["broken"] != UNKNOWN]
+        metrics["broken/fraction"] = _mean(broken != int(BrokenReason.NONE))
         for reason in BrokenReason:
             if reason is not BrokenReason.NONE:
-                metrics[f"broken/{reason.name.lower()}"] = _mean(columns["broken"][real] == int(reason))
-        right = columns["right"][real]
-        if (columns["right"] != UNKNOWN).any():
-            metrics["right/fraction"] = _mean(right[right != UNKNOWN] == 1)
-        squared = np.nan_to_num(self.advantages) ** 2
-        if not np.isnan(self.advantages).all():
-            plain, weighted = (squared * columns["tokens"]).sum(), (squared * columns["squared_weights"]).sum()
-            both = (squared * columns["weights"]).sum()
-            metrics["advantage/cosine"] = _ratio(both, math.sqrt(plain * weighted), 1.0)
-        both_roles = np.logical_and.reduce([columns[f"{name}/tokens"] > 0 for name in ROLE_NAMES.values()])
+                metrics[f"broken/{reason.name.lower()}"] = _mean(broken == int(reason))
+        metrics["right/fraction"] = _mean(columns["right"][columns["right"] != UNKNOWN] == 1)
+        known = ~np.isnan(self.advantages) & (columns["weighed"] > 0)
+        squared = self.advantages[known] ** 2
+        plain, weighted, both = (
+            (squared * columns[name][known]).sum() for name in ("weighed", "squared_weights", "weights")
+        )
+        metrics["advantage/cosine"] = _ratio(both, math.sqrt(plain * weighted))
         swapped = columns["swapped"][both_roles]
-        if (columns["swapped"] != UNKNOWN).any():
-            metrics["swap/coverage"] = _mean(swapped[swapped != UNKNOWN] == 1)
+        metrics["swap/coverage"] = _mean(swapped[swapped != UNKNOWN] == 1)
         if columns["diverged"].any() and not self.options.recompute:
             down, up = (float(columns[name].sum()) for name in ("down_divergence", "up_divergence"))
             metrics["interference"] = 0.0 if down == 0 else down / up if up > 0 else math.inf
-        return metrics
+        return {name: value for name, value in metrics.items() if value is not None}
 
-    def _role_metrics(self, index: int, name: str) -> dict[str, float]:
-        """The metrics of the tokens of one role."""
+    def _role_metrics(self, index: int, name: str) -> dict[str, float | None]:
+        """The metrics of the tokens of one role; None where nothing is known."""
         columns = self.columns
-        count, weight = columns[f"{name}/tokens"].sum(), columns[f"{name}/weights"].sum()
-        low, high = self.extremes[index] if count else (1.0, 1.0)
-        mean = _ratio(columns[f"{name}/scores"].sum(), count)
-        square = _ratio(columns[f"{name}/squared_scores"].sum(), count)
-        metrics = {
-            f"weight/{name}/mean": _ratio(weight, count, 1.0),
-            f"weight/{name}/min": float(low),
-            f"weight/{name}/max": float(high),
+        scored, weighed = columns[f"{name}/scored"].sum(), columns[f"{name}/weighed"].sum()
+        weight = columns[f"{name}/weights"].sum()
+        low, high = self.extremes[index] if weighed else (None, None)
+        mean, square = (_ratio(columns[f"{name}/{part}"].sum(), scored) for part in ("scores", "squared_scores"))
+        metrics: dict[str, float | None] = {
+            f"weight/{name}/mean": _ratio(weight, weighed),
+            f"weight/{name}/min": None if low is None else float(low),
+            f"weight/{name}/max": None if high is None else float(high),
             f"weight/{name}/mass": _ratio(weight, columns["weights"].sum()),
-            f"tokens/{name}/fraction": _ratio(count, columns["tokens"].sum()),
+            f"tokens/{name}/fraction": _ratio(columns[f"{name}/tokens"].sum(), columns["tokens"].sum()),
             f"score/{name}/mean": mean,
-            f"score/{name}/std": math.sqrt(max(square - mean**2, 0.0)),
-            f"score/{name}/clipped": _ratio(columns[f"{name}/clipped"].sum(), count),
+            f"score/{name}/std": None if mean is None or square is None else math.sqrt(max(square - mean**2, 0.0)),
+            f"score/{name}/clipped": _ratio(columns[f"{name}/clipped"].sum(), scored),
         }
-        metrics |= quantiles(f"weight/{name}", self.weight_counts[index].sum(0), WEIGHT_GRID, empty=1.0)
-        metrics |= quantiles(f"score/{name}", self.score_counts[index], SCORE_GRID, empty=0.0)
-        if (columns["right"] != UNKNOWN).any():
-            for answer in get_args(Answer):
-                rows = columns["right"] == (answer == "right")
-                of_rows = columns[f"{name}/tokens"][rows].sum()
-                metrics[f"weight/{name}/{answer}/mean"] = _ratio(columns[f"{name}/weights"][rows].sum(), of_rows, 1.0)
-                of_answer = self.weight_counts[index, int(answer == "right")]
-                metrics |= quantiles(f"weight/{name}/{answer}", of_answer, WEIGHT_GRID, empty=1.0)
-        if columns["repeated"].any():
-            rms = math.sqrt(_ratio(columns[f"{name}/squared_noise"].sum(), columns[f"{name}/repeated"].sum()))
-            above = self.score_counts[index][np.abs(SCORE_GRID) > 2 * rms].sum()
-            metrics |= {f"noise/{name}/rms": rms, f"noise/{name}/above": _ratio(above, count)}
+        metrics |= quantiles(f"weight/{name}", self.weight_counts[index].sum(0), WEIGHT_GRID)
+        metrics |= quantiles(f"score/{name}", self.score_counts[index], SCORE_GRID)
+        for answer in get_args(Answer):
+            rows = columns["right"] == (answer == "right")
+            of_rows = columns[f"{name}/weighed"][rows].sum()
+            metrics[f"weight/{name}/{answer}/mean"] = _ratio(columns[f"{name}/weights"][rows].sum(), of_rows)
+            of_answer = self.weight_counts[index, int(answer == "right")]
+            metrics |= quantiles(f"weight/{name}/{answer}", of_answer, WEIGHT_GRID)
+        noise = _ratio(columns[f"{name}/squared_noise"].sum(), columns[f"{name}/repeated"].sum())
+        if noise is not None:
+            above = self.score_counts[index][np.abs(SCORE_GRID) > 2 * math.sqrt(noise)].sum()
+            metrics |= {f"noise/{name}/rms": math.sqrt(noise), f"noise/{name}/above": _ratio(above, scored)}
         return metrics
 
     def sample(self, size: int, *, per_kind: int = 8, seed: int = 0) -> NDArray[np.int64]:
@@ -231,12 +249,12 @@ class Summary:
         return preferred[:size]
 
 
-def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
-    return float(part / whole) if whole > 0 else empty
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole > 0 else None
 
 
-def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else 0.0
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def summarize_rollouts(scored: Iterable[ScoredRollout], options: ScoringOptions | None = None) -> Summary:
@@ -253,6 +271,10 @@ def summarize_rollouts(scored: Iterable[ScoredRollout], options: ScoringOptions 
         0.5
     """
     options = options or ScoringOptions()
+    return _part(scored, options).settled()
+
+
+def _part(scored: Iterable[ScoredRollout], options: ScoringOptions) -> Summary:
     scored = iter(scored)
     parts = []
     while window := list(islice(scored, _WINDOW)):
@@ -281,7 +303,7 @@ def summarize_files(
         progress: Called with the number of bytes that are done and the number of all.
 
     Raises:
-        RolloutError: At the first malformed line, if `strict`.
+        RolloutError: At the first malformed line, if `strict`; if a whole file is something else, always.
         OSError: If a file cannot be read.
     """
     options = options or ScoringOptions()
@@ -291,6 +313,8 @@ def summarize_files(
         measured = summarize_files(paths, fixed, strict=strict, workers=workers, progress=progress)
         options = replace(options, config=replace(fixed.config, **_measured_scales(measured)))
     files = tuple(os.fspath(path) for path in paths)
+    for path in files:
+        check_file(path)
     size = sum(os.path.getsize(path) for path in files)
     tasks = [
         (path, number, start, end, options, strict) for number, path in enumerate(files) for start, end in _pieces(path)
@@ -310,7 +334,7 @@ def summarize_files(
         part.lines = 0  # line numbers begin anew in each file
     summary = Summary.joined(joined, options)
     summary.files = files
-    return summary
+    return summary.settled()
 
 
 def _measured_scales(summary: Summary) -> dict[str, float]:
@@ -318,9 +342,9 @@ def _measured_scales(summary: Summary) -> dict[str, float]:
     config = summary.options.config
     scales = {"visual_scale": config.visual_scale, "consistency_scale": config.consistency_scale}
     for key, name in zip(scales, ROLE_NAMES.values(), strict=True):
-        count = summary.columns[f"{name}/tokens"].sum()
-        rms = math.sqrt(_ratio(summary.columns[f"{name}/squared_scores"].sum(), count))
-        scales[key] *= max(rms, 0.05) if count else 1.0
+        count = summary.columns[f"{name}/scored"].sum()
+        square = _ratio(summary.columns[f"{name}/squared_scores"].sum(), count)
+        scales[key] *= 1.0 if square is None else max(math.sqrt(square), 0.05)
     return scales
 
 
@@ -366,7 +390,7 @@ def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> S
         offset = start
         for count, line in enumerate(lines, start=1):
             place, offset = Place(number, offset, count), offset + len(line) + 1
-            if not line or line.isspace():
+            if is_blank(line):
                 continue
             try:
                 rollout = parse_rollout(line)
@@ -380,7 +404,7 @@ def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> S
                 places.append(place)
                 yield rollout
 
-    summary = summarize_rollouts(score_rollouts(rollouts(), options), options)
+    summary = _part(score_rollouts(rollouts(), options), options)
     summary.places, summary.errors, summary.malformed, summary.lines = places, errors, malformed, len(lines)
     return summary
 

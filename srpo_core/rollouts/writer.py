@@ -1,52 +1,68 @@
-"""Rollouts to a file: what any trainer has of a batch becomes one line per response."""
+"""Rollouts to a file: what any trainer has of a batch becomes one line per response, and never stops the training."""
 
-import hashlib
 import json
-import math
+import logging
 import os
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from srpo_core.roles import Role
-from srpo_core.rollouts.record import DIVERGENCES, LOG_PROBS, ROLE_LETTERS, is_whole, load_json
-from srpo_core.tags import DEFAULT_TAGS, BrokenReason, RoleTags
+from srpo_core.roles import ending_ids
+from srpo_core.rollouts import values as of
+from srpo_core.rollouts.line_file import LineFile
+from srpo_core.rollouts.pictures import Picture, picture, save
+from srpo_core.rollouts.record import DIVERGENCES, is_whole
+from srpo_core.rollouts.values import Unwritable, reason_of
+from srpo_core.tags import DEFAULT_TAGS, RoleTags
 from srpo_core.token_text import text_decoder, token_spans
-from srpo_core.typechecking import typechecked
 
 __all__ = ["RolloutWriter"]
 
-_DECIMALS = 5  # of numbers per token: far below the noise between two passes
-_BLOCK_BYTES = 2**16  # of one read, when the end of a file is read backward
+logger = logging.getLogger("srpo_core")
+
+_UNKNOWN_TEXT = "\N{REPLACEMENT CHARACTER}"  # of a token that cannot be decoded
+
+
+class _Misuse(ValueError):
+    """A call that is wrong whatever the data: it raises when the first batch is written, never later."""
 
 
 class RolloutWriter:
     """Writes rollouts to a file, a batch at a time, for any trainer.
 
-    Each call of :meth:`write` appends whole lines and flushes them. A run that is killed leaves at most its last line
-    torn, and a run that goes on with `resume_at` removes it.
+    Each call of :meth:`write` appends whole lines. A run that is killed leaves at most its last line torn, and a run
+    that goes on with `resume_at` removes it.
+
+    What only records must not stop training. A call that is wrong in itself (sizes that disagree, no tokenizer) raises
+    when the first batch is written. From then on, and from the start for whatever depends on the data (NaN, an image
+    that cannot be read, a full disk), nothing raises: what cannot be written is absent from its line, is counted in
+    `left_out`, and the first of each kind is warned of.
 
     Args:
         path: The file; missing folders are made. One process writes one file: give each rank its own.
         tokenizer: Turns token ids into texts; anything with ``decode(list_of_ids) -> str``. None: pass texts.
         tags: Opening and closing tags; written where they differ from the default ones.
-        eos_token_id: Id or ids that end a response; None for the tokenizer's.
+        eos_token_id: Id or ids that end a response; None for those that the tokenizer tells.
         resume_at: None starts a new file: what the file held is lost. A resumed run passes the step that it will write
             first: lines at the end of the file that belong to this step or a later one are removed, because the run
             writes them again, and so is a torn last line. Everything before stays, as do lines without a step. The file
             is read backward from its end, so that resuming costs no more than what it removes.
+        correct_by: The rule by which `correct` is told, such as ``str`` of a
+            :class:`~srpo_core.rollouts.CorrectRule`; written beside it, so that the report can name it.
+
+    Attributes:
+        left_out: How many values were not written, by field and reason; ``response`` stands for whole lines.
 
     Raises:
         ValueError: If `resume_at` is below 0, or there is a tokenizer but no end-of-sequence id.
+        OSError: If the file cannot be opened for writing.
 
     Example:
         >>> import tempfile
@@ -66,24 +82,27 @@ class RolloutWriter:
         tags: RoleTags = DEFAULT_TAGS,
         eos_token_id: int | Sequence[int] | None = None,
         resume_at: int | None = None,
+        correct_by: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self._tags = tags
+        self.left_out: Counter[tuple[str, str]] = Counter()
+        self._tags = None if tags == DEFAULT_TAGS else _tags_field(tags)
+        self._correct_by = correct_by
         if resume_at is not None and resume_at < 0:
             raise ValueError(f"resume_at must be a step, at least 0, got {resume_at}; pass None to start a new file")
-        eos_token_id = eos_token_id if eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
         if tokenizer is not None and eos_token_id is None:
-            raise ValueError("eos_token_id must be given, because the tokenizer has none; pass () if no response ends")
+            try:
+                eos_token_id = ending_ids(tokenizer)
+            except ValueError:
+                raise ValueError(
+                    "eos_token_id must be given, because the tokenizer has none; pass () if no response ends"
+                ) from None
         self._eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self._decode = None if tokenizer is None else text_decoder(tokenizer)
         self._pieces: dict[Any, Any] = {}
-        self._images: set[Path] = set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_at is not None and self.path.exists():
-            _remove_from(self.path, resume_at)
-        # A decoder may yield lone surrogates, which are no UTF-8: they are replaced.
-        mode = "w" if resume_at is None else "a"
-        self._file = self.path.open(mode, encoding="utf-8", errors="replace", newline="\n")
+        self._images: dict[str, str] = {}
+        self._has_written = False
+        self._file = LineFile(self.path, resume_at=resume_at)
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +113,15 @@ class RolloutWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, and say what was left out of it."""
+        if self.left_out and not self._file.closed:
+            counts = ", ".join(f"{field} {count:,} ({why})" for (field, why), count in self.left_out.most_common())
+            logger.warning("%s lacks what could not be written: %s", self.path, counts)
+        try:
+            self._file.close()
+        except OSError as error:
+            logger.warning("%s could not be closed: %s", self.path, error)
 
-    @typechecked
     def write(
         self,
         tokens: Int[Tensor, "batch time"] | Sequence[Sequence[str]],
@@ -113,24 +137,26 @@ class RolloutWriter:
         weights: Float[Tensor, "batch time"] | None = None,
         down_divergence: Float[Tensor, "batch time"] | None = None,
         up_divergence: Float[Tensor, "batch time"] | None = None,
-        rewards: Float[Tensor, " batch"] | np.ndarray | Sequence[float] | None = None,
-        advantages: Float[Tensor, " batch"] | np.ndarray | Sequence[float] | None = None,
-        correct: Bool[Tensor, " batch"] | np.ndarray | Sequence[bool] | None = None,
-        perception_correct: Bool[Tensor, " batch"] | np.ndarray | Sequence[bool] | None = None,
-        group_ids: Int[Tensor, " batch"] | np.ndarray | Sequence[int] | Sequence[str] | None = None,
+        rewards: Num[Tensor, " batch"] | np.ndarray | Sequence[float | None] | None = None,
+        advantages: Num[Tensor, " batch"] | np.ndarray | Sequence[float | None] | None = None,
+        correct: Num[Tensor, " batch"] | Bool[Tensor, " batch"] | np.ndarray | Sequence[bool | None] | None = None,
+        perception_correct: Bool[Tensor, " batch"] | np.ndarray | Sequence[bool | None] | None = None,
+        group_ids: Int[Tensor, " batch"] | np.ndarray | Sequence[int | str | None] | None = None,
         donors: Int[Tensor, " batch"] | None = None,
         finished: Bool[Tensor, " batch"] | np.ndarray | Sequence[bool] | None = None,
-        prompts: Sequence[str] | None = None,
-        references: Sequence[str] | None = None,
+        prompts: Sequence[str | None] | None = None,
+        references: Sequence[str | None] | None = None,
         images: Sequence[Any] | None = None,
-        ids: Sequence[str] | None = None,
+        ids: Sequence[str | None] | None = None,
         step: int | None = None,
-        extra: Sequence[Mapping[str, Any]] | None = None,
+        open_at_start: str | Sequence[str | None] | None = None,
+        extra: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> None:
         """Append one line for each response.
 
         Everything but `tokens` is optional: the more is given, the more the commands can show. The call waits for the
-        device and copies what it is given to the host. To write some rows of a batch, slice the arguments.
+        device and copies what it is given to the host. To write some rows of a batch, slice the arguments. None among
+        the values of an argument is "not known".
 
         Args:
             tokens: Sampled token ids (needs the writer's `tokenizer`), or the texts of each response's real tokens.
@@ -149,7 +175,7 @@ class RolloutWriter:
             up_divergence: Likewise; give both or neither.
             rewards: One per response, in any unit.
             advantages: One per response.
-            correct: Whether each answer is right; without it a reward above 0 counts as right.
+            correct: Whether each answer is right: booleans, or 1, 0 and -1 for "not known".
             perception_correct: Whether each perception is right, where that is known.
             group_ids: Equal for responses of this step to one prompt.
             donors: From :func:`~srpo_core.counterfactual_responses`.
@@ -157,202 +183,258 @@ class RolloutWriter:
                 tells; else responses count as finished.
             prompts: The questions.
             references: The right answers.
-            images: For each response a path, or an image: PIL's, or a [channel, height, width] tensor of 1 or 3
-                channels (floats in [0, 1] or bytes). Images are saved once each in a folder beside the file. None: no
-                image.
+            images: For each response a path, or an image: PIL's, an array of up to 4 channels ([channel, height, width]
+                or channels last; floats in [0, 1] or up to 255, or whole numbers), encoded bytes, or a dict with one of
+                these as ``bytes``, ``path`` or ``image``. Of several images of a response the first is written. Images
+                are saved once each, as PNG, in a folder beside the file. None: no image.
             ids: Names of the responses.
             step: Training step.
+            open_at_start: The kind of block that each prompt left open, or one kind for all; None: no block.
             extra: Anything else about each response, as values that JSON can hold.
 
         Raises:
-            ValueError: If token ids come without a tokenizer or a mask, a number is NaN or out of range, the sizes
-                disagree, or one of the two divergences is missing. Then no line is written.
+            ValueError: Of the first batch only: if token ids come without a tokenizer or a mask, the sizes disagree, or
+                one of the two divergences is missing. Then no line is written.
         """
-        texts, finished_by_id = self._texts(tokens, mask)
-        where = None if mask is None else list(mask.cpu().numpy())
+        try:
+            texts, finished_by_id = self._texts(tokens, mask)
+            where = self._where(mask, texts)
+            per_token = {
+                "old_log_probs": old_log_probs,
+                "corrupted_log_probs": corrupted_log_probs,
+                "counterfactual_log_probs": counterfactual_log_probs,
+                "repeated_log_probs": repeated_log_probs,
+                "roles": roles,
+                "scores": scores,
+                "weights": weights,
+                "down_divergence": down_divergence,
+                "up_divergence": up_divergence,
+            }
+            if isinstance(open_at_start, str):
+                open_at_start = [open_at_start] * len(texts)
+            per_response = {
+                "broken": (broken, of.reason_name),
+                "reward": (rewards, of.number),
+                "advantage": (advantages, of.number),
+                "correct": (correct, of.flag),
+                "perception_correct": (perception_correct, of.flag),
+                "group": (group_ids, of.group),
+                "step": (None if step is None else [step] * len(texts), _step),
+                "id": (ids, of.text),
+                "finished": (finished_by_id if finished is None else finished, of.flag),
+                "swapped": (donors, of.is_donor),
+                "prompt": (prompts, of.text),
+                "reference": (references, of.text),
+                "image": (images, self._image),
+                "open_at_start": (open_at_start, of.kind_of_block),
+                "extra": (extra, self._extra),
+            }
+            columns = self._token_columns(per_token, texts, where)
+            for name, (values, convert) in per_response.items():
+                if values is not None:
+                    columns |= self._column(name, values, len(texts), convert)
+            if "correct" in columns and self._correct_by is not None:
+                columns["correct_by"] = [self._correct_by] * len(texts)
+            if self._tags is not None:
+                columns["tags"] = [self._tags] * len(texts)
+            if finished is not None and "finished" in columns and finished_by_id is not None:
+                told = zip(columns["finished"], finished_by_id, strict=True)
+                columns["finished"] = [by_id if given is None else given for given, by_id in told]
+            self._file.append(self._encoded(texts, columns))
+            self._has_written = True
+        except _Misuse as error:
+            if not self._has_written:
+                raise
+            self._leave_out("response", "a call that is wrong", str(error), count=self._rows(tokens))
+        except Exception as error:  # whatever it is, a record is not worth a run
+            self._leave_out("response", reason_of(error), repr(error), count=self._rows(tokens))
+
+    def _leave_out(self, field: str, reason: str, detail: str, *, count: int = 1) -> None:
+        if (field, reason) not in self.left_out:
+            logger.warning(
+                "%s: %s cannot be written and is left out: %s. Others like it are only counted, in "
+                "RolloutWriter.left_out",
+                self.path,
+                field,
+                max((reason, detail), key=len)[:300]
+                if reason in detail or detail in reason
+                else f"{reason} ({detail[:300]})",
+            )
+        self.left_out[field, reason] += count
+
+    @staticmethod
+    def _rows(tokens: Any) -> int:
+        return len(tokens) if hasattr(tokens, "__len__") else 1
+
+    def _where(self, mask: Tensor | None, texts: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Which positions of each row are its tokens."""
         lengths = [len(text.get("tokens", text.get("offsets", ()))) for text in texts]
-        if where is not None and lengths != [int(row.sum()) for row in where]:
-            raise ValueError("tokens must be the texts of exactly the tokens at which the mask is True")
+        if mask is None:
+            return [slice(length) for length in lengths]
+        where = list(mask.cpu().numpy())
+        if lengths != [int(row.sum()) for row in where]:
+            raise _Misuse("tokens must be the texts of exactly the tokens at which the mask is True")
+        return where
 
-        def rows(name: str, values: Tensor) -> list[NDArray[Any]]:
-            if len(values) != len(texts) or (where is None and values.shape[1] < max(lengths, default=0)):
-                raise ValueError(f"{name} has shape {tuple(values.shape)}, too small for {len(texts)} responses")
-            host = list(values.detach().cpu().to(torch.float64 if values.is_floating_point() else torch.int64).numpy())
-            return [row[real] for row, real in zip(host, where or map(slice, lengths), strict=True)]
+    def _token_columns(
+        self, given: Mapping[str, Tensor | None], texts: Sequence[Any], where: Sequence[Any]
+    ) -> dict[str, list[Any]]:
+        if (given["down_divergence"] is None) != (given["up_divergence"] is None):
+            self._refuse(DIVERGENCES[1], f"{' and '.join(DIVERGENCES)} are written together: pass both or neither")
+        columns: dict[str, list[Any]] = {}
+        for name, values in given.items():
+            if values is None:
+                continue
+            fault = _wrong_shape(name, values, where)
+            if fault is not None:
+                self._refuse(name, fault)
+                continue
+            host = values.detach().cpu()
+            host = host.double() if host.is_floating_point() else host
+            rows = [row[real] for row, real in zip(host.numpy(), where, strict=True)]
+            convert = of.letters if name == "roles" else (lambda row, name=name: of.numbers(name, row))
+            columns |= self._column(name, rows, len(texts), convert)
+        pair = [columns.pop(name) for name in DIVERGENCES if name in columns]
+        if len(pair) == 2:  # one of two says nothing, of a batch or of a response
+            whole = [all(values is not None for values in both) for both in zip(*pair, strict=True)]
+            for name, column in zip(DIVERGENCES, pair, strict=True):
+                columns[name] = [values if both else None for values, both in zip(column, whole, strict=True)]
+        return columns
 
-        if (down_divergence is None) != (up_divergence is None):
-            raise ValueError("down_divergence and up_divergence are written together: pass both or neither")
-        per_token = {
-            "old_log_probs": old_log_probs,
-            "corrupted_log_probs": corrupted_log_probs,
-            "counterfactual_log_probs": counterfactual_log_probs,
-            "repeated_log_probs": repeated_log_probs,
-            "scores": scores,
-            "weights": weights,
-            "down_divergence": down_divergence,
-            "up_divergence": up_divergence,
-        }
-        columns: dict[str, Sequence[Any]] = {
-            name: [_json_numbers(name, row, numbers) for row, numbers in enumerate(rows(name, values))]
-            for name, values in per_token.items()
-            if values is not None
-        }
-        if roles is not None:
-            letters = "".join(ROLE_LETTERS[role] for role in sorted(Role))
-            columns["roles"] = ["".join(letters[role] for role in row) for row in rows("roles", roles)]
-        per_response = {
-            "broken": None if broken is None else [BrokenReason(reason).name.lower() for reason in broken.tolist()],
-            "reward": rewards,
-            "advantage": advantages,
-            "correct": correct,
-            "perception_correct": perception_correct,
-            "group": group_ids,
-            "step": None if step is None else [step] * len(texts),
-            "id": ids,
-            "finished": finished_by_id if finished is None else finished,
-            "swapped": None if donors is None else donors >= 0,
-            "prompt": prompts,
-            "reference": references,
-            "image": None if images is None else [self._image_path(image) for image in images],
-            "tags": None if self._tags == DEFAULT_TAGS else [{"answer": None} | self._tags.pairs] * len(texts),
-            "extra": extra,
-        }
-        columns |= {name: _json_values(name, values) for name, values in per_response.items() if values is not None}
-        for name, values in columns.items():
-            if len(values) != len(texts):
-                raise ValueError(f"{name}: {len(values)} values for {len(texts)} responses")
+    def _refuse(self, field: str, fault: str) -> None:
+        if not self._has_written:
+            raise _Misuse(fault)
+        self._leave_out(field, "a call that is wrong", fault)
+
+    def _column(self, name: str, values: Any, count: int, convert: Callable[[Any], Any]) -> dict[str, list[Any]]:
+        """The values of a field, as lines hold them; None where there is none, and nothing if the call is wrong."""
+        if (fault := _wrong_size(name, values, count)) is not None:
+            self._refuse(name, fault)
+            return {}
+        if isinstance(values, Tensor | np.ndarray) and name != "image":
+            values = values.tolist()
+        column: list[Any] = []
+        for value in values:
+            try:
+                column.append(None if value is None else convert(value))
+            except Exception as error:  # whatever the value or its package raises
+                column.append(None)
+                self._leave_out(name, reason_of(error), str(error))
+        return {name: column}
+
+    def _encoded(self, texts: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]) -> bytes:
         lines = []
         for row, text in enumerate(texts):
-            line = text | {name: values[row] for name, values in columns.items() if values[row] is not None}
+            line = dict(text) | {name: values[row] for name, values in columns.items() if values[row] is not None}
             if line.get("finished"):  # the reader's default
                 del line["finished"]
             lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.write("".join(lines))
-        self._file.flush()
+        # A decoder may yield lone surrogates, which are no UTF-8: they are replaced.
+        return "".join(lines).encode("utf-8", "replace")
 
     def _texts(
         self, tokens: Tensor | Sequence[Sequence[str]], mask: Tensor | None
     ) -> tuple[list[dict[str, Any]], list[bool] | None]:
         """The fields ``tokens``, or ``text`` and ``offsets``, of each response; of ids also whether it was finished."""
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2):
+            raise _Misuse(f"mask must be a boolean [batch, time] tensor, got {_described(mask)}")
         if not isinstance(tokens, Tensor):
-            return [{"tokens": list(texts)} for texts in tokens], None
+            if isinstance(tokens, str) or any(isinstance(texts, str) for texts in tokens):
+                raise _Misuse("tokens must be a list of the texts of tokens for each response, got a text")
+            if mask is not None and len(mask) != len(tokens):
+                raise _Misuse(f"mask has {len(mask)} rows for the tokens of {len(tokens)} responses")
+            return [{"tokens": [self._text(text) for text in texts]} for texts in tokens], None
         if self._decode is None or mask is None:
             missing = "the mask" if mask is None else "RolloutWriter(path, tokenizer=...)"
-            raise ValueError(f"tokens are ids, which need {missing}; or pass the texts of the tokens")
+            raise _Misuse(f"tokens are ids, which need {missing}; or pass the texts of the tokens")
+        if tokens.shape != mask.shape:
+            raise _Misuse(f"tokens have shape {tuple(tokens.shape)} and mask {tuple(mask.shape)}; they must be equal")
         texts, finished = [], []
         for row, real in zip(tokens.cpu(), mask.cpu(), strict=True):
             ids = row[real].tolist()
             finished.append(bool(ids) and ids[-1] in self._eos)
-            text, starts, ends = token_spans(ids, self._decode, self._pieces)
+            try:
+                text, starts, ends = token_spans(ids, self._decode, self._pieces)
+            except Exception as error:  # an id of no token, as any tokenizer may say it
+                self._leave_out("tokens", "ids that cannot be decoded", f"{type(error).__name__}: {error}")
+                texts.append({"tokens": [self._decoded(token) for token in ids]})
+                continue
             if [*starts, len(text)] == [0, *ends]:
                 texts.append({"tokens": [text[start:end] for start, end in zip(starts, ends, strict=True)]})
             else:
                 texts.append({"text": text, "offsets": [list(span) for span in zip(starts, ends, strict=True)]})
         return texts, finished
 
-    def _image_path(self, image: Any) -> str | None:
+    def _text(self, text: Any) -> str:
+        if isinstance(text, str):
+            return str(text)
+        self._leave_out("tokens", "not a text", repr(text))
+        return _UNKNOWN_TEXT
+
+    def _decoded(self, token: int) -> str:
+        assert self._decode is not None
+        try:
+            text = self._decode([token])
+        except Exception:  # this is the one
+            return _UNKNOWN_TEXT
+        return text if isinstance(text, str) else _UNKNOWN_TEXT
+
+    def _image(self, image: Any) -> str | None:
         """The path that the line will hold; an image that is not a file yet is saved."""
-        if image is None or isinstance(image, str | os.PathLike):
-            return None if image is None else os.fspath(image)
-        if isinstance(image, Tensor):
-            content, save = _png(image), Path.write_bytes
-        else:  # PIL's
-            content, save = image.tobytes() + repr((image.mode, image.size)).encode(), lambda path, _: image.save(path)
-        folder = self.path.with_name(f"{self.path.stem}_images")
-        path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
-        if path not in self._images:
-            folder.mkdir(exist_ok=True)
-            save(path, content)
-            self._images.add(path)
-        return path.relative_to(self.path.parent).as_posix()
+        if isinstance(image, list | tuple):
+            held = [each for each in image if each is not None]
+            if len(held) > 1:
+                self._leave_out("image", "all but the first of several", f"{len(held)} images", count=len(held) - 1)
+            return self._image(held[0]) if held else None
+        found = picture(image)
+        if not isinstance(found, Picture):
+            return found
+        if found.name not in self._images:
+            path = save(found, self.path.with_name(f"{self.path.stem}_images"))
+            self._images[found.name] = path.relative_to(self.path.parent).as_posix()
+        return self._images[found.name]
+
+    def _extra(self, value: Any) -> dict[str, Any]:
+        kept, faults = of.extra(value)
+        for fault in faults:
+            self._leave_out("extra", fault.reason, fault.reason)
+        return kept
 
 
-def _remove_from(path: Path, step: int) -> None:
-    """Cut off the end of a file: lines of `step` and later steps, and a last line that is torn."""
-    with path.open("r+b") as file:
-        end, last = file.seek(0, os.SEEK_END), b"\n"  # of what stays
-        for start, line in _lines_backward(file):
-            if _stays(line, step):
-                last = line
-                break
-            end = start
-        file.truncate(end)
-        if not last.endswith(b"\n"):  # a whole line all the same
-            file.seek(end)
-            file.write(b"\n")
+def _tags_field(tags: RoleTags) -> dict[str, Any]:
+    pairs: dict[str, Any] = {kind: [tag for tag in pair if tag] for kind, pair in tags.pairs.items()}
+    return {"answer": None} | pairs | ({"nested": True} if getattr(tags, "nested", False) else {})
 
 
-def _stays(line: bytes, step: int) -> bool:
-    if line.isspace():
-        return False
-    try:
-        fields = load_json(line)
-    except ValueError:
-        # Without its newline it is torn. With one it is malformed for another reason, which is not ours to judge.
-        return line.endswith(b"\n")
-    at = fields.get("step") if isinstance(fields, dict) else None
-    return at is None or not is_whole(at) or at < step
+def _step(value: Any) -> int:
+    if isinstance(value, bool) or not is_whole(value := of.number(value)) or value < 0:
+        raise Unwritable("not a whole number, at least 0")
+    return int(value)
 
 
-def _lines_backward(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file from the last to the first, each with the position at which it begins."""
-    position = file.seek(0, os.SEEK_END)
-    pieces: list[bytes] = []  # of the line whose beginning has not been read yet, its last piece first
-    while position:
-        size = min(_BLOCK_BYTES, position)
-        position -= size
-        file.seek(position)
-        block, end = file.read(size), size
-        while start := block.rfind(b"\n", 0, end) + 1:
-            pieces.append(block[start:end])
-            if line := b"".join(reversed(pieces)):
-                yield position + start, line
-            pieces, end = [b"\n"], start - 1
-        pieces.append(block[:end])
-    if line := b"".join(reversed(pieces)):
-        yield 0, line
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
-def _json_numbers(name: str, row: int, values: NDArray[np.float64]) -> list[float | None]:
-    finite = np.isfinite(values)
-    numbers: list[float | None]
-    if name in DIVERGENCES:  # one small step moves a distribution by less than a decimal: keep digits instead
-        numbers = [float(f"{value:.5g}") for value in np.where(finite, values, 0.0).tolist()]
-    else:
-        numbers = (np.round(np.where(finite, values, 0.0), _DECIMALS) + 0.0).tolist()  # + 0.0: -0.0 is 0.0
-    for token in np.flatnonzero(~finite).tolist():
-        if name not in LOG_PROBS or values[token] != -np.inf:
-            raise ValueError(f"{name} is {values[token]} at response {row} token {token}, which JSON cannot hold")
-        numbers[token] = None
-    if name not in LOG_PROBS and name != "scores" and len(values) and values.min() < 0:
-        token = int(values.argmin())
-        raise ValueError(f"{name} is {values[token]} at response {row} token {token}; it is at least 0")
-    return numbers
+def _wrong_shape(name: str, values: Any, where: Sequence[Any]) -> str | None:
+    """What is wrong with the sizes of values per token; None if nothing is."""
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        return f"{name} must be a [batch, time] tensor, got {_described(values)}"
+    has_mask = bool(where) and not isinstance(where[0], slice)
+    needed = max((each.stop if isinstance(each, slice) else len(each) for each in where), default=0)
+    if len(values) != len(where) or values.shape[1] < needed or (has_mask and values.shape[1] != needed):
+        wanted = f"{(len(where), needed)}" + (", as the mask" if has_mask else ", or wider")
+        return f"{name} has shape {tuple(values.shape)}; it must be {wanted}"
+    return None
 
 
-def _json_values(name: str, values: Tensor | np.ndarray | Sequence[Any]) -> list[Any]:
-    listed = values.tolist() if isinstance(values, Tensor) else [getattr(v, "item", lambda v=v: v)() for v in values]
-    for row, value in enumerate(listed):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value} at response {row}, which JSON cannot hold")
-    return listed
-
-
-def _png(image: Tensor) -> bytes:
-    """A [channel, height, width] image of 1 or 3 channels as a PNG file."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image must be [1 or 3 channels, height, width], got shape {tuple(image.shape)}")
-    image = image.detach().cpu()
-    if image.is_floating_point():
-        image = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    channels, height, width = image.shape
-    pixels = image.permute(1, 2, 0).reshape(height, width * channels).numpy()
-    scanlines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each begins with the number of its filter: 0, none
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    signature = b"\x89PNG\r\n\x1a\n"
-    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
+def _wrong_size(name: str, values: Any, count: int) -> str | None:
+    if isinstance(values, Tensor | np.ndarray) and values.ndim != 1 and name != "image":
+        return f"{name} must have one value for each response, shape ({count},), got shape {tuple(values.shape)}"
+    if isinstance(values, str | bytes | Mapping) or not (isinstance(values, Iterable) and isinstance(values, Sized)):
+        return f"{name} must be a list of one value for each response, got {_described(values)}"
+    if len(values) != count:
+        return f"{name}: {len(values)} values for {count} responses"
+    return None

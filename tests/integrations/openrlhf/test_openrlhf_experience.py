@@ -24,13 +24,15 @@ from openrlhf.utils import get_tokenizer
 from PIL import Image
 from srpo_openrlhf import experience, hooks
 from srpo_openrlhf.experience import Weighting
-from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, ROLLOUTS_VARIABLE, dump_config
+from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, OpenRLHFOptions, dump_config
 from tiny_models import write_text_model, write_vision_model
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from srpo_core import Role, SRPOConfig, corrupt_pixel_values, segment_responses, srpo_advantages
+from srpo_core.batch import prompt_id
 from srpo_core.cli.app import app
+from srpo_core.options import adapter_options
 from srpo_core.reliance import perception_spans, span_reliance
 from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
@@ -48,8 +50,9 @@ def _ray_in_process(monkeypatch):
 def hooked(monkeypatch):
     """Installs the hook for one test, with the given options."""
 
-    def _hooked(config):
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
+    def _hooked(config, **recording):
+        options = {name: getattr(config, name) for name in adapter_options()}
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(OpenRLHFOptions(**options, **recording)))
         hooks.install()
 
     monkeypatch.setattr(RemoteExperienceMaker, "make_experience_batch", STOCK)
@@ -226,7 +229,7 @@ def one_by_one(setting, samples, config):
             processor = setting.tokenizer.image_processor
             pixels = corrupt_pixel_values(
                 image["pixel_values"],
-                prompt_ids=torch.tensor([row // SAMPLES]),
+                prompt_ids=torch.tensor([prompt_id(torch.tensor(list(samples[row].prompts[0].encode())), image)]),
                 image_grid_thw=image["image_grid_thw"],
                 kind=config.corruption,
                 image_mean=processor.image_mean,
@@ -527,7 +530,9 @@ def test_the_corruption_is_drawn_anew_at_each_step_and_a_resumed_run_goes_on(vis
     steps = []
     corrupt = experience.corrupt_rows
     monkeypatch.setattr(
-        experience, "corrupt_rows", lambda *args, step: (steps.append(step), corrupt(*args, step=step))[1]
+        experience,
+        "corrupt_rows",
+        lambda *args, step, **facts: (steps.append(step), corrupt(*args, step=step, **facts))[1],
     )
     maker = vision.maker(ckpt=SimpleNamespace(load_enable=True))
     train(maker, maker.make_experience_batch(rollout(vision)))
@@ -543,7 +548,8 @@ def test_every_token_that_ends_a_response_is_known(vision, hooked, monkeypatch, 
     maker = vision.maker(actor=SimpleNamespace(model_name_or_path=str(tmp_path)))
     assert set(Weighting(maker).ending) == {0, 7, eos}
     maker = vision.maker(actor=SimpleNamespace(model_name_or_path=str(tmp_path / "without")))
-    assert Weighting(maker).ending == (eos,)
+    # Qwen's tokenizer has a second one, which its generation config would name.
+    assert set(Weighting(maker).ending) == {eos, vision.text_tokenizer.convert_tokens_to_ids("<|endoftext|>")}
 
 
 def test_a_first_batch_without_tags_is_an_error_and_a_later_one_is_not(vision, hooked):
@@ -569,7 +575,7 @@ def test_responses_without_tags_that_the_prompt_asks_for_are_reported(vision, ho
         sample.prompts = [f"Begin with <look>. {sample.prompts[0]}"]
     with caplog.at_level(logging.WARNING, logger="srpo_core"):
         (single, *_) = made(vision, samples)
-    assert "no response of the first batch has the structure <look>" in caplog.text
+    assert "0 of 12 responses have the structure <look>" in caplog.text
     assert single.advantages.isfinite().all()
 
 
@@ -596,7 +602,9 @@ def test_only_pixels_are_corrupted_and_a_group_shares_the_draw(vision, hooked, m
     seen = []
     corrupt = experience.corrupt_rows
     monkeypatch.setattr(
-        experience, "corrupt_rows", lambda *args, step: (seen.extend(corrupt(*args, step=step)), seen)[1]
+        experience,
+        "corrupt_rows",
+        lambda *args, step, **facts: (seen.extend(corrupt(*args, step=step, **facts)), seen)[1],
     )
     made(vision, samples)
     corrupted, counts = seen
@@ -608,21 +616,20 @@ def test_only_pixels_are_corrupted_and_a_group_shares_the_draw(vision, hooked, m
         assert torch.equal(new["pixel_values"], corrupted[row // SAMPLES * SAMPLES]["pixel_values"])
 
 
-@pytest.mark.parametrize("name", ["pixel_values_videos", "image_patches"])
-def test_videos_and_unknown_pixels_are_refused(vision, hooked, monkeypatch, name):
+@pytest.mark.parametrize("name", ["high_res_pixel_values", "image_patches"])
+def test_unknown_pixels_are_refused(vision, hooked, monkeypatch, name):
     hooked(SRPOConfig())
     samples = rollout(vision)
     monkeypatch.setattr(experience, "_by_row", lambda *_: [None, {name: torch.zeros(4, 1176)}])
-    with pytest.raises(ValueError, match=f"needs pixel_values and no videos, and found .'{name}'."):
+    with pytest.raises(ValueError, match=f"^{name} seems to hold images, but SRPO corrupts only pixel_values"):
         made(vision, samples)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0])
 def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypatch, tmp_path, strength):
     path = tmp_path / "rollouts.jsonl"
-    monkeypatch.setenv(ROLLOUTS_VARIABLE, str(path))
     stock = made(vision, rollout(vision))
-    hooked(SRPOConfig(strength=strength))
+    hooked(SRPOConfig(strength=strength), rollouts=str(path), correct=">0.5")
     samples = rollout(vision)
     ours, kept = credit_of(vision, samples, monkeypatch)
     written = list(read_rollouts(path))
@@ -632,6 +639,7 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
         count = int(where.sum())
         assert line.text == vision.text_tokenizer.decode(single.sequences.reshape(-1)[1:][where])
         assert (line.step, line.reward) == (0, sample.rewards.item())
+        assert (line.correct, line.correct_by) == (sample.rewards.item() > 0.5, "reward > 0.5")
         assert line.prompt == sample.prompts[0]
         assert line.advantage == pytest.approx(plain.advantages.reshape(-1)[where][0].item(), abs=1e-4)
         credit = torch.tensor(line.weights) * line.advantage
@@ -660,8 +668,7 @@ def test_the_rollouts_are_written_for_the_srpo_command(vision, hooked, monkeypat
 
 def test_the_next_batch_is_appended_and_a_resumed_run_writes_nothing_twice(vision, hooked, monkeypatch, tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    monkeypatch.setenv(ROLLOUTS_VARIABLE, str(path))
-    hooked(SRPOConfig())
+    hooked(SRPOConfig(), rollouts=str(path))
 
     def steps(maker):
         for seed in (0, 1):
@@ -673,3 +680,43 @@ def test_the_next_batch_is_appended_and_a_resumed_run_writes_nothing_twice(visio
     assert steps(vision.maker(**resumed)) == [0, 1, 7, 8]
     assert steps(vision.maker(**resumed)) == [0, 1, 7, 8]
     assert steps(vision.maker()) == [0, 1]
+
+
+def test_what_a_reward_function_says_beside_the_reward_may_count_as_right(vision, hooked, tmp_path):
+    hooked(SRPOConfig(), correct="acc>=0.5", rollouts=str(tmp_path / "rollouts.jsonl"))
+    samples = rollout(vision)
+    for number, sample in enumerate(samples):
+        sample.info["acc"] = torch.tensor([float(number % 3 == 0)])
+    (first, *_) = vision.maker().make_experience_batch(samples)
+    assert first.info["srpo/right/fraction"][0] == pytest.approx(4 / 12)
+    written = list(read_rollouts(tmp_path / "rollouts.jsonl"))
+    assert [line.correct for line in written] == [number % 3 == 0 for number in range(12)]
+    hooked(SRPOConfig(), correct="acd")
+    with pytest.raises(ValueError, match="'acd', which is to say what counts as right.*did you mean 'acc'"):
+        vision.maker().make_experience_batch(samples)
+
+
+def test_responses_begin_inside_the_block_that_a_prompt_opens(vision, hooked, monkeypatch):
+    """The prompts' texts say so; the same responses without their opening tag have the roles that they had."""
+    seen = []
+    monkeypatch.setattr(experience, "plan", lambda batch, *_, **__: seen.append(batch) or 1 / 0)
+    hooked(SRPOConfig())
+    samples = rollout(vision)
+    for sample in samples:
+        sample.prompts = [f"{sample.prompts[0]} Answer in <perception>.\nassistant: <think>\n"]
+    with pytest.raises(ZeroDivisionError):
+        made(vision, samples)
+    assert seen[0].open_at_start.tolist() == [2] * 12
+
+
+def test_a_prompts_group_is_its_own(vision, hooked, tmp_path):
+    """Not its place in a batch: the same prompts in another order have the same groups."""
+    groups = []
+    for number, order in enumerate((1, -1)):
+        path = tmp_path / f"{number}.jsonl"
+        hooked(SRPOConfig(), rollouts=str(path))
+        samples = rollout(vision)
+        made(vision, [sample for start in range(0, 12, 4)[::order] for sample in samples[start : start + 4]])
+        groups.append({line.prompt: line.group for line in read_rollouts(path)})
+    assert groups[0] == groups[1]
+    assert len(set(groups[0].values())) == PROMPTS

@@ -7,10 +7,17 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from srpo_openrlhf.options import ENVIRONMENT_VARIABLE, dump_config, load_config, option_parser, parse_options
+from srpo_openrlhf.options import (
+    ENVIRONMENT_VARIABLE,
+    OpenRLHFOptions,
+    dump_config,
+    load_config,
+    option_parser,
+    parse_options,
+)
 from srpo_openrlhf.settings import check_arguments, check_config
 
-from srpo_core import RoleTags, SRPOConfig
+from srpo_core import RoleTags
 from srpo_core.options import adapter_options
 
 
@@ -41,10 +48,10 @@ def stock_args(**changes):
     return args
 
 
-def test_the_options_are_those_of_the_core_and_a_file_for_the_rollouts():
+def test_the_options_are_those_of_the_core_and_those_that_only_record():
     actions = {action.dest.removeprefix("srpo."): action for action in option_parser()._actions}
-    assert list(actions) == ["rollouts", *adapter_options()]
-    hints = get_type_hints(SRPOConfig)
+    assert list(actions) == ["rollouts", "correct", *adapter_options()]
+    hints = get_type_hints(OpenRLHFOptions)
     for name, field in adapter_options().items():
         action = actions[name]
         assert action.option_strings == [f"--srpo.{name}"]
@@ -62,28 +69,31 @@ def test_what_openrlhf_has_flags_of_its_own_for_is_unknown(name, capsys):
 
 
 def test_without_options_the_config_is_the_default():
-    assert parse_options([]) == (SRPOConfig(), None, [])
+    assert parse_options([]) == (OpenRLHFOptions(), [])
 
 
 def test_options_are_taken_out_and_the_rest_keeps_its_order():
     argv = ["--reward.clip_range", "-10", "10", "--srpo.strength=0.5", "--ds.packing_samples"]
     argv += ["--srpo.corruption", "black", "--srpo.mix_warmup_steps", "7", "--actor.adam.lr", "1e-6"]
-    config, _, rest = parse_options(argv)
-    assert config == SRPOConfig(strength=0.5, corruption="black", mix_warmup_steps=7)
+    config, rest = parse_options(argv)
+    assert config == OpenRLHFOptions(strength=0.5, corruption="black", mix_warmup_steps=7)
     assert rest == ["--reward.clip_range", "-10", "10", "--ds.packing_samples", "--actor.adam.lr", "1e-6"]
 
 
 def test_the_file_for_rollouts_is_an_option_of_its_own():
-    assert parse_options(["--srpo.rollouts", "a.jsonl", "--seed", "1"]) == (SRPOConfig(), "a.jsonl", ["--seed", "1"])
+    assert parse_options(["--srpo.rollouts", "a.jsonl", "--srpo.correct", "acc>=0.5", "--seed", "1"]) == (
+        OpenRLHFOptions(rollouts="a.jsonl", correct="acc>=0.5"),
+        ["--seed", "1"],
+    )
 
 
 def test_reliance_is_an_option():
-    config, _, _ = parse_options(["--srpo.reliance_spans", "4", "--srpo.reliance_mode", "share"])
-    assert config == SRPOConfig(reliance_spans=4, reliance_mode="share")
+    config, _ = parse_options(["--srpo.reliance_spans", "4", "--srpo.reliance_mode", "share"])
+    assert config == OpenRLHFOptions(reliance_spans=4, reliance_mode="share")
 
 
 def test_tags_are_options():
-    config, _, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
+    config, _ = parse_options(["--srpo.perception_tags", "<see>", "</see>", "--srpo.answer_tags"])
     assert config.tags == RoleTags(perception=("<see>", "</see>"), answer=None)
 
 
@@ -115,10 +125,10 @@ def test_a_wrong_option_ends_the_program_with_a_sentence(argv, message, capsys):
 
 
 def test_options_reach_the_workers(monkeypatch):
-    config = SRPOConfig(answer_tags=None, strength=0.1, corruption_amount=0.5, reliance_spans=3)
+    config = OpenRLHFOptions(answer_tags=None, strength=0.1, corruption_amount=0.5, reliance_spans=3)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
     assert load_config() == config
-    assert set(json.loads(dump_config(config))) == set(adapter_options())
+    assert set(json.loads(dump_config(config))) == {"rollouts", "correct", *adapter_options()}
 
 
 def test_a_worker_without_options_says_how_to_start(monkeypatch):
@@ -128,7 +138,7 @@ def test_a_worker_without_options_says_how_to_start(monkeypatch):
 
 
 def test_good_settings_pass():
-    check_config(SRPOConfig())
+    check_config(OpenRLHFOptions())
     check_arguments(stock_args())
     check_arguments(stock_args(algo__kl__init_coef=0.01, algo__kl__use_loss=True))
     check_arguments(stock_args(ds__packing_samples=True, data__max_images_per_prompt=0))
@@ -144,7 +154,7 @@ def test_good_settings_pass():
 )
 def test_an_option_that_cannot_work_is_refused(option, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check_config(SRPOConfig(**option))
+        check_config(OpenRLHFOptions(**option))
 
 
 @pytest.mark.parametrize(

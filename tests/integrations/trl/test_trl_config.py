@@ -8,15 +8,16 @@ import pytest
 import torch
 import yaml
 from srpo_trl import SRPOConfig, SRPOMixin, SRPOTrainer
-from training import Rollouts, make_dataset, make_trainer, rollout_batch
+from training import Rollouts, make_dataset, make_trainer, rollout_batch, watching
 from trl import GRPOConfig, TrlParser
 
 import srpo_core
 from srpo_core import options
 from srpo_core.options import adapter_options
+from srpo_core.rollouts import read_rollouts
 
 CORE = {f"srpo_{name}": field for name, field in adapter_options().items()}
-OURS = {"srpo_rollouts"}  # where to write what: not an option of the method
+OURS = {"srpo_rollouts", "srpo_correct"}  # where to write what: not an option of the method
 AS_LISTS = {"srpo_perception_tags", "srpo_reasoning_tags", "srpo_answer_tags"}
 OR_A_FUNCTION = {"srpo_baseline": options.Baseline, "srpo_weight_map": options.WeightMap}
 
@@ -160,20 +161,33 @@ def test_responses_without_tags_train_as_grpo_where_the_prompt_asks_for_them(cap
     with caplog.at_level(logging.WARNING, logger="srpo_core"):
         batch = rollout_batch(make_trainer(rollouts=Untagged(), dataset=dataset))
     assert batch["advantages"].ndim == 2
-    assert "all weights are 1 until the model answers as the prompts ask" in caplog.text
+    assert "0 of 4 responses have the structure <perception>...</perception>" in caplog.text
     rollout_batch(make_trainer(rollouts=Untagged(), srpo_strength=0.0))  # a baseline run is never refused
 
 
-def test_a_template_that_opens_a_block_itself_is_refused_at_the_first_batch():
+def test_responses_begin_inside_the_block_that_a_template_opens(tmp_path):
     class Opened(Rollouts):
         def __call__(self, prompts, trainer):
             output = super().__call__(prompts, trainer)
-            opening = trainer.processing_class.tokenizer("<think>\n")["input_ids"]
-            return output | {"prompt_ids": [[*ids, *opening] for ids in output["prompt_ids"]]}
+            opening = [ids[0] for ids in output["completion_ids"]]
+            assert len(set(opening)) == 1  # <perception>, an added token
+            return output | {
+                "prompt_ids": [[*ids, opening[0]] for ids in output["prompt_ids"]],
+                "completion_ids": [ids[1:] for ids in output["completion_ids"]],
+                "logprobs": [row[1:] for row in output["logprobs"]],
+            }
 
-    dataset = make_dataset(images_per_row=lambda row: 0)
-    with pytest.raises(ValueError, match="the chat template ends the prompt with '<think>'"):
-        rollout_batch(make_trainer(rollouts=Opened(), dataset=dataset))
+    dataset, path = make_dataset(images_per_row=lambda row: 0), tmp_path / "rollouts.jsonl"
+    with watching() as found:
+        rollout_batch(make_trainer(rollouts=Opened(), dataset=dataset, srpo_rollouts=str(path)))
+        rollout_batch(make_trainer(rollouts=Rollouts(), dataset=dataset))
+    opened, whole = (made.batch for made in found)
+    assert opened.open_at_start.tolist() == [1] * 4
+    assert whole.open_at_start.tolist() == [0] * 4
+    assert opened.segmentation.broken.tolist() == [0] * 4
+    # The same responses without their first token have the same roles without the first one.
+    assert torch.equal(opened.segmentation.roles, whole.segmentation.roles[:, 1:])
+    assert {line.open_at_start for line in read_rollouts(path)} == {"perception"}
 
 
 def test_other_image_with_one_prompt_is_refused_at_the_first_batch_and_counted_later():

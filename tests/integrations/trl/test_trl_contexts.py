@@ -1,15 +1,20 @@
 """Scores of both contexts, in seven families, against responses rebuilt by hand and scored alone, without padding."""
 
 import functools
+import importlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import reference
 import torch
+from PIL import Image
+from srpo_trl.contexts import contexts_of, prompt_ids_of
 from srpo_trl.trainer import MASK_IS_REMOVAL
 from tiny_vlm import FAMILIES, make_image
 from training import Rollouts, make_dataset, make_trainer, rollout_batch, watching
 
-from srpo_core import CreditOptions, Role, corrupt_pixel_values, srpo_advantages
+from srpo_core import CreditOptions, Role, SRPOConfig, corrupt_pixel_values, srpo_advantages
 from srpo_core.reliance import span_reliance
 
 CORRUPTIONS = ["patch_mask", "black", "gray", "noise", "blur", "pixelate", "patch_shuffle", "other_image", "none"]
@@ -56,6 +61,12 @@ class Recorded:
                 roles.append(role)
             else:
                 roles.append(role)
+        blank = [not self.tokenizer.decode([token]).strip() for token in self.responses[row]]
+        for places in (range(len(roles)), range(len(roles) - 1, -1, -1)):
+            is_edge = True  # white space between a tag and the content beside it is no content
+            for place in places:
+                is_edge = roles[place] == Role.OTHER or (is_edge and blank[place])
+                roles[place] = Role.OTHER if is_edge else roles[place]
         return roles
 
     def donor(self, row):
@@ -89,13 +100,17 @@ class Recorded:
         logits = self.model(**inputs).logits[0, -len(response) - 1 : -1].log_softmax(-1)
         return logits.gather(1, tail[0][:, None])[:, 0]
 
+    def prompt(self, row):
+        """What TRL's batch says; that it is the same for a group, and another for every other, is tested below."""
+        return prompt_ids_of(self.batch)[row].item()
+
     def corrupt(self, inputs, row, images, kind):
         processor, pixels = self.processor.image_processor, inputs["pixel_values"]
         count = 1 if pixels.ndim == 5 else images
         is_flat = pixels.ndim == 2
         return corrupt_pixel_values(
             pixels,
-            prompt_ids=torch.full((count,), row // 4),
+            prompt_ids=torch.full((count,), self.prompt(row)),
             image_index=torch.arange(count),
             image_grid_thw=inputs.get("image_grid_thw"),
             patch_size=None if is_flat else 14,
@@ -316,3 +331,109 @@ def test_images_of_one_prompt_are_corrupted_differently_and_those_of_its_rollout
     assert torch.equal(corrupted[0], corrupted[2])  # the first image of two rollouts of a prompt
     assert not torch.equal(corrupted[0], corrupted[1])  # the same image as the second of that prompt
     assert not torch.equal(corrupted[0], corrupted[8])  # and of another prompt
+
+
+@families
+def test_a_prompt_has_one_identity_whatever_its_batch_was_padded_to(family):
+    recorded = record(family, images_per_row="1 or 2")  # rows of one image are padded beside those of two
+    numbers = prompt_ids_of(recorded.batch).tolist()
+    assert [len(set(numbers[row : row + 4])) for row in (0, 4)] == [1, 1]
+    assert len(set(numbers)) == 2
+    for row in (0, 4):
+        images, question = recorded.rows[row]["images"], recorded.rows[row]["prompt"][0]["content"]
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+        text = recorded.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        alone = dict(recorded.processor(images=[images], text=[text], return_tensors="pt"))
+        mask = torch.ones_like(alone["input_ids"])
+        batch = alone | {"prompt_ids": alone["input_ids"], "prompt_mask": mask, "num_images": [len(images)]}
+        assert prompt_ids_of(batch).tolist() == [numbers[row]]
+
+
+# Whatever tells where an image is reaches the corruption, as transformers' own processors say it
+
+
+def processor(family, name, **options):
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    return getattr(module, f"{name}ImageProcessorPil")(**options)
+
+
+def picture(height, width):
+    pixels = np.random.default_rng(height + width).integers(60, 200, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def changed_pixels(processed, images, facts, *, patch_size=(16, 16), corruption="patch_mask", **more):
+    """A batch of TRL with one row for each image, and where its corruption differs."""
+    rows = len(images)
+    batch = {"prompt_ids": torch.ones(rows, 2).long(), "prompt_mask": torch.ones(rows, 2).long(), **processed, **more}
+    config = SimpleNamespace(vision_config={"patch_size": patch_size}, model_type="a test's")
+    contexts, counts = contexts_of(
+        batch,
+        SRPOConfig(corruption=corruption),
+        processor=facts,
+        model_config=config,
+        group_ids=torch.arange(rows),
+        step=0,
+    )
+    return contexts["corrupted"].vision["pixel_values"] != batch["pixel_values"], counts
+
+
+def test_pixtral_images_are_corrupted_inside_their_sizes():
+    images, pixtral = [picture(32, 32), picture(320, 320)], processor("pixtral", "Pixtral")
+    processed = pixtral(images=images, return_tensors="pt")
+    assert processed["pixel_values"].shape == (2, 3, 320, 320)
+    changed, counts = changed_pixels(processed, images, pixtral, num_images=[1, 1])
+    patches = changed.any(1).unfold(1, 16, 16).unfold(2, 16, 16).any(-1).any(-1)
+    assert patches.sum((1, 2)).tolist() == [2, 240]  # round(0.6 * 4), round(0.6 * 400)
+    assert not patches[0, 2:].any()
+    assert not patches[0, :, 2:].any()
+    assert counts.tolist() == [[1, 0], [1, 0]]
+
+
+def test_a_prompts_identity_does_not_depend_on_the_canvas_of_its_batch():
+    images, pixtral = [picture(32, 32), picture(320, 320)], processor("pixtral", "Pixtral")
+    prompts = {"prompt_ids": torch.ones(2, 2).long(), "prompt_mask": torch.ones(2, 2).long()}
+    together = prompt_ids_of({**prompts, **pixtral(images=images, return_tensors="pt"), "num_images": [1, 1]})
+    alone = pixtral(images=images[:1], return_tensors="pt")
+    assert alone["pixel_values"].shape == (1, 3, 32, 32)
+    one = {name: value[:1] for name, value in prompts.items()}
+    assert prompt_ids_of({**one, **alone, "num_images": [1]}).tolist() == together[:1].tolist()
+    assert together[0] != together[1]
+
+
+def test_idefics_images_are_corrupted_inside_their_masks_and_rows_without_images_have_none():
+    images = [[picture(32, 32)], [], [picture(32, 64)]]
+    idefics = processor(
+        "idefics2", "Idefics2", size={"shortest_edge": 32, "longest_edge": 64}, do_image_splitting=False
+    )
+    processed = idefics(images=images, return_tensors="pt")
+    assert processed["pixel_values"].shape == (3, 1, 3, 32, 64)
+    changed, counts = changed_pixels(processed, images, idefics, num_images=[1, 0, 1], corruption="black")
+    assert torch.equal(changed.any(2), processed["pixel_attention_mask"].bool())
+    assert counts.tolist() == [[1, 0], [0, 0], [1, 0]]
+
+
+def test_padded_patches_are_left_out_of_the_corruption():
+    images, siglip = [picture(60, 100), picture(32, 32)], processor("siglip2", "Siglip2")
+    processed = siglip(images=images, return_tensors="pt")
+    changed, counts = changed_pixels(processed, images, siglip, corruption="black", num_images=[1, 1], num_tiles=[1, 1])
+    assert torch.equal(changed.any(2), processed["pixel_attention_mask"].bool())
+    assert counts.tolist() == [[1, 0], [1, 0]]
+
+
+def test_a_patch_size_may_be_a_pair_and_the_config_without_one():
+    images, clip = [picture(224, 224)], processor("clip", "CLIP")
+    processed = clip(images=images, return_tensors="pt")
+    expected, _ = changed_pixels(processed, images, clip, patch_size=14)
+    for form in ((14, 14), [14, 14], {"height": 14, "width": 14}, None):
+        assert torch.equal(changed_pixels(processed, images, clip, patch_size=form)[0], expected)
+
+
+def test_videos_and_unknown_pixels_are_refused():
+    images, clip = [picture(28, 28)], processor("clip", "CLIP")
+    processed = clip(images=images, return_tensors="pt")
+    for name in ("pixel_values_videos", "high_res_pixel_values"):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            changed_pixels(processed, images, clip, **{name: processed["pixel_values"]})

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from srpo_trl import SRPOTrainer
-from training import Rollouts, make_trainer, watching
+from training import Rollouts, make_dataset, make_trainer, watching
 from typer.testing import CliRunner
 
 from srpo_core.cli.app import app
@@ -92,3 +94,68 @@ def test_evaluation_is_not_written(tmp_path):
     trainer = make_trainer(SRPOTrainer, srpo_rollouts=str(path))
     trainer.evaluate(trainer.train_dataset)
     assert not path.exists()
+
+
+def test_two_prompts_of_one_step_are_two_groups_and_draw_for_themselves(tmp_path):
+    """With steps_per_generation=1 and accumulation there are several generation batches in an optimizer step."""
+    options = {"steps_per_generation": 1, "gradient_accumulation_steps": 2}
+    path, made, _ = train(tmp_path, steps=1, **options)
+    written = list(read_rollouts(path))
+    assert len(made) == 2
+    assert [line.step for line in written] == [0] * 8
+    groups = [line.group for line in written]
+    assert [groups.count(group) for group in groups] == [4] * 8
+    prompts = {line.group: line.prompt for line in written}
+    assert len(set(prompts.values())) == 2
+    # The identity is the prompt's own: another trainer that meets the same prompts later gives them the same numbers.
+    again, *_ = train(tmp_path / "again", steps=2)
+    later = {line.prompt: line.group for line in read_rollouts(again)}
+    assert all(later.get(prompt, group) == group for group, prompt in prompts.items())
+    assert set(later) & set(prompts.values())
+
+
+def reward_format(completions, **_):
+    return [0.1] * len(completions)
+
+
+def reward_some(completions, **_):
+    """None where the function has nothing to say."""
+    return [1.0, 0.0, None, 0.0][: len(completions)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "expected"),
+    [
+        ("reward_some", "reward_some > 0", [True, False, None, False]),
+        ("reward_format>=0.2", "reward_format >= 0.2", [False] * 4),
+        (">=1", "reward >= 1", [True, False, False, False]),
+        (None, None, [None] * 4),
+    ],
+)
+def test_what_counts_as_right_is_named_and_written(tmp_path, rule, said, expected):
+    rewards = [reward_some, reward_format]
+    path, _, trainer = train(tmp_path, steps=1, reward=rewards, srpo_correct=rule)
+    written = list(read_rollouts(path))
+    assert [line.correct for line in written] == expected
+    assert {line.correct_by for line in written if line.correct is not None} == ({said} if said else set())
+    assert [round(line.reward, 6) for line in written] == [1.1, 0.1, 0.1, 0.1]  # 1.1 of which 1 is for the answer
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    known = [answer for answer in expected if answer is not None]
+    share = pytest.approx(sum(known) / len(known)) if known else None
+    assert logged[0].get("srpo/right/fraction") == share
+
+
+def test_a_reward_function_that_does_not_exist_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match="'reward_vowel'.*did you mean 'reward_vowels'"):
+        make_trainer(srpo_correct="reward_vowel")
+    with pytest.raises(ValueError, match="srpo_correct: what counts as right must be"):
+        make_trainer(srpo_correct="> = 3")
+
+
+def test_an_image_that_no_png_holds_does_not_end_the_run(tmp_path):
+    rows = list(make_dataset())
+    cmyk = [row | {"images": [image.convert("CMYK") for image in row["images"]]} for row in rows]
+    path, made, _ = train(tmp_path, steps=1, dataset=Dataset.from_list(cmyk))
+    (written, *_) = lines = list(read_rollouts(path))
+    assert len(lines) == 4 * len(made)
+    assert Image.open(path.parent / written.image).mode == "RGB"

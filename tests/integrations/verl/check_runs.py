@@ -7,13 +7,13 @@ import re
 import sys
 
 import torch
-from srpo_verl.views import prompt_id
 from transformers import Qwen2_5_VLForConditionalGeneration
 from verl.utils.tokenizer import hf_processor
 from verl_harness import rollouts, tiny_vlm
 from verl_harness.alone import changed_alone, padded, reliance_alone, score_alone, spans_alone
 
 from srpo_core import SRPOConfig, srpo_advantages
+from srpo_core.batch import prompt_id
 from srpo_core.pixel_values import corrupt_rows, image_facts
 
 LOSS_AND_NORM = ("actor/pg_loss", "actor/loss", "actor/grad_norm")
@@ -29,6 +29,8 @@ DRIVER_MAY_SEE = {
     "srpo_corrupted_log_probs",
     "srpo_counterfactual_log_probs",
     "srpo_images",
+    "srpo_prompt_ids",
+    "rm_scores",
     "advantages",
     *(f"srpo_span_{k}_{name}" for k in range(2) for name in ("responses", "sources", "log_probs")),
 }

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf, open_dict
 from srpo_verl import trainer as adapter
 from srpo_verl.options import ESTIMATORS, LOSS_MODES, VerlOptions
 from srpo_verl.proof import Proof
-from srpo_verl.views import prompt_id
 from srpo_verl.worker import SRPOWorker
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
@@ -43,6 +42,7 @@ from verl_harness import rollouts, tiny_vlm
 from verl_harness.alone import changed_alone, padded, reliance_alone, score_alone, spans_alone
 
 from srpo_core import LossOptions, SRPOConfig, grpo_loss, srpo_advantages
+from srpo_core.batch import prompt_id
 from srpo_core.cli.app import app
 from srpo_core.pixel_values import corrupt_rows
 from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
@@ -534,7 +534,8 @@ def test_weights_do_not_depend_on_the_number_of_workers(run_step, options):
 
 def test_no_pixels_travel_through_the_driver(run_step):
     step = run_step("+algorithm.srpo.reliance_spans=1")
-    ours = [fields for fields in step.watched if "rm_scores" not in fields]  # verl's own access
+    # verl's own access to the rewards is not ours
+    ours = [fields for fields in step.watched if "rm_scores" not in fields or "srpo_images" in fields]
     assert len(ours) == 3
     for fields in ours:
         assert set(fields) <= {
@@ -548,6 +549,8 @@ def test_no_pixels_travel_through_the_driver(run_step):
             "srpo_counterfactual_log_probs",
             "srpo_span_0_log_probs",
             "srpo_images",
+            "srpo_prompt_ids",
+            "rm_scores",
         }
 
 
@@ -639,20 +642,65 @@ def test_a_corruption_that_changes_nothing_in_the_first_batch_ends_the_run(run_s
 
 
 def test_a_corruption_that_changes_nothing_later_is_counted(run_step, monkeypatch):
-    monkeypatch.setattr(adapter.SRPOMixin, "_is_first_batch", False)
+    monkeypatch.setattr(adapter.RunWatch, "_check", lambda *_: None)
     step = run_step("+algorithm.srpo.corruption=patch_shuffle", changes=one_color)
     assert step.metrics["srpo/corruption/unchanged"] == 1.0
-    assert not [fields for fields in step.watched if "prompts" in fields]
 
 
-def test_the_first_batch_is_looked_at_once(run_step, monkeypatch):
+def test_every_batch_is_looked_at(run_step, monkeypatch):
     prompts = []
-    monkeypatch.setattr(adapter, "check_first_batch", lambda batch, options, **found: prompts.append(found["prompts"]))
+    monkeypatch.setattr(adapter.RunWatch, "look", lambda self, batch, **found: prompts.append(found["prompts"]))
     step = run_step(changes=lambda key, row: {})
     assert len(prompts) == 1
     assert prompts[0][0].startswith("<|vision_start|><|image_pad|>")  # special tokens and all
     step.trainer._compute_advantage(step.queue.meta(list(step.queue.rows)), {})
-    assert len(prompts) == 1
+    assert len(prompts) == 2
+
+
+def test_what_counts_as_right_is_named_and_logged(run_step):
+    """Of the reward function's extra info, or of the whole score; counted by hand."""
+
+    def told(key, row):
+        number = int(key.split("_")[1])
+        info = {"acc": float(number % 2 == 0), "note": "text"} if number % 5 else {}
+        return {"extra_fields": {"reward_extra_info": info}}
+
+    step = run_step("+algorithm.srpo.correct=acc", changes=told)
+    numbers = [int(key.split("_")[1]) for key in step.queue.rows]
+    known = [
+        number % 2 == 0
+        for number, row in zip(numbers, step.rows, strict=True)
+        if number % 5 and row["response_mask"].any()
+    ]
+    assert step.metrics["srpo/right/fraction"] == pytest.approx(sum(known) / len(known))
+    step = run_step("+algorithm.srpo.correct='>=0.5'")
+    known = [row["rm_scores"].sum().item() >= 0.5 for row in step.rows if row["response_mask"].any()]
+    assert step.metrics["srpo/right/fraction"] == pytest.approx(sum(known) / len(known))
+    with pytest.raises(ValueError, match="'acd', which is to say what counts as right.*did you mean 'acc'"):
+        run_step("+algorithm.srpo.correct=acd", changes=told)
+
+
+def test_responses_begin_inside_the_block_that_a_prompt_opens(parts, run_step):
+    opening = torch.tensor(parts.tokenizer("<perception>", add_special_tokens=False)["input_ids"])
+
+    def moved(key, row):
+        """The opening tag, with which every response begins, as the end of the prompt."""
+        if not torch.equal(row["responses"][: len(opening)], opening):
+            return {}
+        cut = {name: row[name][len(opening) :] for name in ("responses", "response_mask") if name in row}
+        return cut | {"prompts": torch.cat([row["prompts"], opening])}
+
+    class Opened(adapter.SRPOTrainer):
+        def _score_views(self, batch, planned):
+            raise StopIteration(self._read_rollouts(batch))
+
+    with pytest.raises(StopIteration) as stopped:
+        run_step(changes=moved, trainer_class=Opened)
+    batch = stopped.value.value
+    assert (batch.open_at_start == 1).sum() >= 10
+    opened = (batch.open_at_start == 1) & (batch.segmentation.broken == 0)
+    # A response may begin with a space, which says nothing.
+    assert (batch.segmentation.roles[opened, 0] == 1).sum() >= 10
 
 
 # That the weights reach the update.

@@ -56,8 +56,12 @@ def test_options_reach_the_config():
     assert check_config(verl_config(**{"algorithm.srpo": {"rollouts": "a.jsonl"}})).rollouts == "a.jsonl"
 
 
-def test_the_options_are_those_of_an_adapter_and_the_file_of_rollouts():
-    assert {each.name for each in fields(VerlOptions)} - set(trainer_options()) == {*adapter_options(), "rollouts"}
+def test_the_options_are_those_of_an_adapter_and_those_that_only_record():
+    assert {each.name for each in fields(VerlOptions)} - set(trainer_options()) == {
+        *adapter_options(),
+        "rollouts",
+        "correct",
+    }
     assert srpo_options({"rollouts": "rollouts.jsonl"}).rollouts == "rollouts.jsonl"
 
 

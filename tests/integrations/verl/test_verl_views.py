@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from srpo_verl.views import moved_positions, nested, prompt_id, refuse_per_token_inputs, source_tokens
+from srpo_verl.views import moved_positions, nested, refuse_per_token_inputs, source_tokens
 
 from srpo_core import Role, SRPOConfig, counterfactual_responses
+from srpo_core.batch import prompt_id
 from srpo_core.pixel_values import ImageFacts, corrupt_rows
 
 PROMPT = torch.tensor([1, 2, 3])
@@ -31,22 +32,27 @@ def test_a_group_shares_one_draw_on_whatever_worker_its_rows_are():
     assert not torch.equal(hidden[0], hidden[1])  # another image, another draw
 
 
+def test_rows_say_where_their_images_are_and_videos_are_corrupted_too():
+    """Half of 4 patches of a 32 x 32 image on its canvas; of a video the same of every frame."""
+    facts = ImageFacts(image_mean=0.5, image_std=0.25, merge_size=2, temporal_patch_size=2)
+    pixels = torch.zeros(1, 3, 320, 320)
+    pixels[:, :, :32, :32] = 1.0
+    video = {"pixel_values_videos": torch.ones(4 * 64, 1176), "video_grid_thw": torch.tensor([[4, 8, 8]])}
+    rows = [{"pixel_values": pixels, "image_sizes": torch.tensor([[32, 32]])}, video]
+    changed, counts = corrupt_rows(rows, [1, 2], SRPOConfig(), facts, step=1, patch_size=(16, 16))
+    hidden = (changed[0]["pixel_values"] != pixels).any(1)[0]
+    assert hidden.sum() == 2 * 16 * 16
+    assert hidden[:32, :32].sum() == 2 * 16 * 16
+    frames = (changed[1]["pixel_values_videos"] != video["pixel_values_videos"]).all(1).view(4, 64)
+    assert frames.sum(1).tolist() == [4 * round(0.6 * 16)] * 4
+    assert torch.equal(frames.all(0), frames[0])
+    assert counts.tolist() == [[1, 0], [1, 0]]
+
+
 def test_inputs_with_one_entry_per_token_are_refused():
     refuse_per_token_inputs([{}, None, {"pixel_values": torch.zeros(1)}])
     with pytest.raises(ValueError, match="token_type_ids.*one entry per token"):
         refuse_per_token_inputs([{"token_type_ids": torch.zeros(1, 4)}])
-
-
-def test_prompts_and_images_are_told_apart():
-    numbers = [
-        prompt_id(PROMPT, {}),
-        prompt_id(PROMPT + 1, {}),
-        prompt_id(PROMPT, flattened(0, [1, 4, 4])),
-        prompt_id(PROMPT, flattened(1, [1, 4, 4])),
-    ]
-    assert len(set(numbers)) == 4
-    assert numbers[2] == prompt_id(PROMPT.clone(), flattened(0, [1, 4, 4]))
-    assert all(0 <= number < 2**63 for number in numbers)
 
 
 def test_rows_are_cut_to_their_lengths():

@@ -1,0 +1,145 @@
+"""A look at every rollout batch of a run, for what makes SRPO do nothing: on the first an error, later a warning."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from jaxtyping import Int
+from torch import Tensor
+
+from srpo_core.batch import RolloutBatch
+from srpo_core.options import SRPOConfig
+from srpo_core.tags import BrokenReason, open_block
+from srpo_core.token_text import TokenizerLike, text_decoder
+
+__all__ = ["FEW", "RunWatch"]
+
+logger = logging.getLogger("srpo_core")
+
+#: Below this share of well-formed responses a batch is warned of: the others are trained with weight 1.
+FEW = 0.25
+_SHOWN = 300  # characters of the response that a warning shows
+
+
+class RunWatch:
+    """Looks at the rollout batches of one run, in their order.
+
+    A first batch of which nothing can be learned is an error. After that nothing that a model does stops its training:
+    while fewer than a quarter of the responses are well-formed there is a warning, at the first such batch and then
+    after twice as many of them each time.
+
+    Args:
+        options: Which format is expected, and how images are corrupted.
+        tokenizer: Anything with ``decode(list_of_ids) -> str``, to show a response.
+        named: How the user writes an option's name, with ``{}`` where the name goes: ``"srpo_{}"``.
+        warns: Whether this process warns: of several that see the same batches, one does.
+
+    Example:
+        >>> from srpo_core.watch import RunWatch
+        >>> class Characters:
+        ...     eos_token_id = 0
+        ...     def decode(self, ids): return "".join(map(chr, ids))
+        >>> ids = torch.tensor([[ord(character) for character in "two cats"]])
+        >>> batch = RolloutBatch.of(ids, ids > 0, Characters(), SRPOConfig(), group_ids=torch.tensor([0]))
+        >>> RunWatch(SRPOConfig(), Characters()).look(batch, prompts=["How many?"])
+        Traceback (most recent call last):
+            ...
+        ValueError: no response of the first batch has the structure <perception>...</perception>... (1 no_perception...
+    """
+
+    def __init__(self, options: SRPOConfig, tokenizer: TokenizerLike, *, named: str = "{}", warns: bool = True) -> None:
+        self._options, self._tokenizer, self._named, self._warns = options, tokenizer, named, warns
+        self._is_first = True
+        self._few, self._warn_at = 0, 1  # batches with few well-formed responses, and at which of them to warn
+
+    def look(
+        self,
+        batch: RolloutBatch,
+        *,
+        prompts: Sequence[str],
+        image_counts: Int[Tensor, "batch 2"] | None = None,
+    ) -> None:
+        """Look at the next batch.
+
+        Args:
+            batch: The responses.
+            prompts: Some prompts as text, special tokens and all.
+            image_counts: Of each response its images, and how many the corruption left as they were.
+
+        Raises:
+            ValueError: On the first batch: if no response is well-formed although no prompt asks for the format, if the
+                corruption changed no image, or if a prompt ends inside a block and the batch was not told so.
+        """
+        if self._is_first:
+            self._check(batch, prompts, image_counts)
+        self._is_first = False
+        self._warn_of_few(batch)
+
+    def _written(self, name: str) -> str:
+        return self._named.replace("{}", name)
+
+    def _warning(self, message: str, *values: object) -> None:
+        if self._warns:
+            logger.warning(message, *values)
+
+    def _check(self, batch: RolloutBatch, prompts: Sequence[str], image_counts: Tensor | None) -> None:
+        options, tags = self._options, self._options.tags
+        if batch.open_at_start is None:
+            for prompt in prompts:
+                if (kind := open_block(prompt, tags)) is not None:
+                    raise ValueError(
+                        f"a prompt ends in {tags.pairs[kind][0]!r}, so that its responses begin inside the {kind} and "
+                        "would all count as broken: pass the prompts as prompt_ends to RolloutBatch.of"
+                    )
+        if image_counts is not None:
+            images, unchanged = image_counts.sum(0).tolist()
+            if images == 0:
+                self._warning("SRPO: no prompt of the first batch has an image, so no token can depend on one")
+            elif images == unchanged:
+                raise ValueError(
+                    f"{self._written('corruption')}={options.corruption!r} left all {images} images of the first "
+                    f"batch as they were, so no token can depend on them: raise {self._written('corruption_amount')}, "
+                    "or choose another kind"
+                )
+        reasons = Counter(BrokenReason(reason) for reason in batch.segmentation.broken.tolist())
+        if options.changes_nothing or not reasons or reasons[BrokenReason.NONE]:
+            return
+        if not any(tags.perception[0] in prompt for prompt in prompts):
+            counts = ", ".join(f"{count} {reason.name.lower()}" for reason, count in reasons.most_common())
+            own = ", ".join(self._written(f"{kind}_tags") for kind in ("perception", "reasoning", "answer"))
+            raise ValueError(
+                f"no response of the first batch has the structure {self._structure()} ({counts}), and the prompts do "
+                "not ask for it: put srpo_core.system_prompt(tags) in a system message, train on demonstrations first, "
+                f"or set {own}, or {self._written('response_format')}, to your own"
+            )
+
+    def _warn_of_few(self, batch: RolloutBatch) -> None:
+        if self._options.changes_nothing:
+            return
+        broken = [BrokenReason(reason) for reason in batch.segmentation.broken.tolist()]
+        well_formed = broken.count(BrokenReason.NONE)
+        if not broken or well_formed >= FEW * len(broken):
+            self._few, self._warn_at = 0, 1
+            return
+        self._few += 1
+        if self._few < self._warn_at:
+            return
+        self._warn_at = 2 * self._few
+        reason, count = Counter(each for each in broken if each != BrokenReason.NONE).most_common(1)[0]
+        row = broken.index(reason)
+        response = text_decoder(self._tokenizer)(batch.token_ids[row][batch.mask[row]].tolist())
+        shown = response if len(response) <= _SHOWN else f"{response[:_SHOWN]}..."
+        self._warning(
+            "SRPO: %d of %d responses have the structure %s, so the others are trained with weight 1; most often the "
+            "fault is %s (%d), as in %r",
+            well_formed,
+            len(broken),
+            self._structure(),
+            reason.name.lower(),
+            count,
+            shown,
+        )
+
+    def _structure(self) -> str:
+        pairs = self._options.tags.pairs.values()
+        return "".join(f"{opening}...{closing}" for opening, closing in pairs)

@@ -1,0 +1,130 @@
+"""The look at each batch: settings that make SRPO do nothing end a run at its first batch, and later are warned of."""
+
+import logging
+
+import pytest
+import torch
+from test_batch import OPTIONS, RESPONSES, TAGS, Characters, responses, tokens_of
+
+from srpo_core import RolloutBatch, SRPOConfig
+from srpo_core.watch import FEW, RunWatch
+
+ASKING = ["Answer as <p>...</p><t>...</t>.\nWhat is this?"]
+PLAIN = ["What is this?"]
+BROKEN = ["it is a cat\x01", "so <t>broken\x01", "<p>a cat\x01", "<p>a</p></t>\x01"]
+
+
+@pytest.fixture(autouse=True)
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="srpo_core")
+    return caplog
+
+
+def watch(options=OPTIONS, **more):
+    return RunWatch(options, Characters(), **more)
+
+
+def test_a_first_batch_with_roles_passes_in_silence(warnings):
+    watch().look(responses(), prompts=PLAIN, image_counts=torch.tensor([[1, 0]] * 4))
+    watch().look(responses([*BROKEN[:3], RESPONSES[0]]), prompts=PLAIN)  # a quarter is well-formed
+    assert not warnings.records
+
+
+def test_a_first_batch_without_roles_is_an_error_where_nobody_asks_for_tags(warnings):
+    message = (
+        "no response of the first batch has the structure <p>...</p><t>...</t> "
+        r"\(2 unclosed, 1 no_perception, 1 stray_close\), and the prompts do not ask for it: put "
+        r"srpo_core.system_prompt\(tags\) in a system message.* set srpo_perception_tags, srpo_reasoning_tags, "
+        "srpo_answer_tags, or srpo_response_format, to your own"
+    )
+    with pytest.raises(ValueError, match=message):
+        watch(named="srpo_{}").look(responses(BROKEN), prompts=PLAIN)
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("off", [{"strength": 0.0}, {"mix": 0.0}])
+def test_plain_grpo_needs_no_roles(off, warnings):
+    watched = watch(SRPOConfig(**TAGS, **off))
+    for _ in range(3):
+        watched.look(responses(BROKEN), prompts=PLAIN)
+    assert not warnings.records
+
+
+def test_few_well_formed_responses_are_warned_of_with_the_commonest_reason_and_a_response(warnings):
+    watch().look(responses(BROKEN), prompts=ASKING)
+    (record,) = warnings.records
+    assert record.getMessage() == (
+        "SRPO: 0 of 4 responses have the structure <p>...</p><t>...</t>, so the others are trained with weight 1; most "
+        "often the fault is unclosed (2), as in 'so <t>broken\\x01'"
+    )
+
+
+def test_a_model_that_falls_out_of_the_format_later_is_warned_of_ever_more_rarely(warnings):
+    watched = watch()
+    watched.look(responses(), prompts=PLAIN)
+    seen = []
+    for _ in range(20):
+        warnings.clear()
+        watched.look(responses(BROKEN), prompts=PLAIN)  # an error only in a first batch
+        seen.append(len(warnings.records))
+    assert [number for number, warned in enumerate(seen, start=1) if warned] == [1, 2, 4, 8, 16]
+    watched.look(responses(), prompts=PLAIN)
+    warnings.clear()
+    watched.look(responses(BROKEN), prompts=PLAIN)  # it had recovered: at once again
+    assert len(warnings.records) == 1
+
+
+def test_the_share_that_is_warned_of(warnings):
+    assert FEW == 0.25
+    for well_formed, warned in ((0, 1), (1, 1), (2, 0)):
+        warnings.clear()
+        texts = [RESPONSES[0]] * well_formed + [BROKEN[1]] * (8 - well_formed)
+        watch().look(responses(texts, group_ids=range(8)), prompts=ASKING)
+        assert len(warnings.records) == warned, well_formed
+
+
+def test_a_long_response_is_cut_and_another_process_is_silent(warnings):
+    texts = ["no tags " * 100] * 2
+    watch().look(responses(texts, group_ids=(0, 0)), prompts=ASKING)
+    assert warnings.records[0].getMessage().endswith("no tags no t...'")
+    assert len(warnings.records[0].getMessage()) < 550
+    warnings.clear()
+    watch(warns=False).look(responses(texts, group_ids=(0, 0)), prompts=ASKING)
+    assert not warnings.records
+
+
+@pytest.mark.parametrize(("tag", "kind"), [("<p>", "perception"), ("<t>", "reasoning")])
+def test_a_prompt_that_ends_inside_a_block_has_to_be_told(tag, kind):
+    prompts = [*ASKING, f"What?\nassistant: {tag}\n"]
+    with pytest.raises(
+        ValueError, match=f"a prompt ends in '{tag}'.* inside the {kind} .*: pass the prompts as prompt"
+    ):
+        watch().look(responses(), prompts=prompts)
+    texts = [text.removeprefix("<p>") for text in RESPONSES]
+    ids, mask = tokens_of(texts)
+    told = RolloutBatch.of(
+        ids, mask, Characters(), OPTIONS, group_ids=torch.arange(4), prompt_ends=["What?\nassistant: <p>\n"] * 4
+    )
+    watch().look(told, prompts=["What?\nassistant: <p>\n"])
+
+
+def test_a_corruption_that_changed_nothing_is_refused():
+    counts = torch.tensor([[1, 1], [2, 2], [0, 0], [1, 1]])
+    with pytest.raises(
+        ValueError, match="^--corruption='patch_mask' left all 4 images of the first batch as they were"
+    ):
+        watch(named="--{}").look(responses(), prompts=ASKING, image_counts=counts)
+    for fine in (counts - torch.tensor([0, 1]) * (counts > 0), torch.zeros(4, 2).long()):
+        watch().look(responses(), prompts=ASKING, image_counts=fine)
+
+
+def test_a_first_batch_without_any_image_is_warned_of(warnings):
+    watch().look(responses(), prompts=ASKING, image_counts=torch.zeros(4, 2).long())
+    assert "no prompt of the first batch has an image" in warnings.records[0].getMessage()
+
+
+def test_an_empty_batch_is_nothing_to_warn_of(warnings):
+    ids = torch.zeros(0, 3, dtype=torch.int64)
+    empty = RolloutBatch.of(ids, ids > 0, Characters(), OPTIONS, group_ids=torch.zeros(0, dtype=torch.int64))
+    watch().look(empty, prompts=[])
+    assert not warnings.records
