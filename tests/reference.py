@@ -128,12 +128,14 @@ def _map(x, members, kind, strength, bound=0.6931471805599453):
         return {t: math.exp(strength * min(max(x[t], -bound), bound)) for t in members}
     if kind == "one_plus_tanh":
         return {t: 1 + (1 - math.exp(-bound)) * math.tanh(strength * x[t]) for t in members}
+    # Kept to e^40 in either direction, which float32 holds.
+    exponent = {t: min(max(strength * x[t], -40.0), 40.0) for t in members}
     if kind == "sigmoid":
-        return {t: 2 / (1 + math.exp(-strength * x[t])) for t in members}
+        return {t: 2 / (1 + math.exp(-exponent[t])) for t in members}
     if kind == "softplus":
-        return {t: math.log1p(math.exp(strength * x[t])) / math.log(2) for t in members}
-    total = math.fsum(math.exp(strength * x[t]) for t in members)
-    return {t: len(members) * math.exp(strength * x[t]) / total for t in members}
+        return {t: math.log1p(math.exp(exponent[t])) / math.log(2) for t in members}
+    total = math.fsum(map(math.exp, exponent.values()))
+    return {t: len(members) * math.exp(exponent[t]) / total for t in members}
 
 
 def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4):

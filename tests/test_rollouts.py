@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo_core.rollouts import SCHEMA_PATH, Rollout, RolloutError, parse_rollout, read_rollouts, record
+from srpo_core.rollouts import (
+    SCHEMA_PATH,
+    Rollout,
+    RolloutError,
+    parse_rollout,
+    read_rollouts,
+    record,
+    score_rollouts,
+)
 from srpo_core.tags import BrokenReason
 
 SCHEMA = jsonschema.Draft202012Validator(json.loads(SCHEMA_PATH.read_text()))
@@ -191,6 +199,15 @@ def test_read_rollouts_reports_a_torn_last_line_and_loses_no_other(tmp_path):
         assert [error.line for error in errors] == [2]
     path.write_bytes(whole.encode() + last)
     assert [rollout.text for rollout in read_rollouts(path)] == ["a", "猫"]
+
+
+def test_a_response_that_begins_inside_a_block_is_read_so():
+    line = {"tokens": ["a cat", "</perception>", "<think>", "one", "</think>"], "open_at_start": "perception"}
+    (scored,) = score_rollouts([parse_rollout(json.dumps(line))])
+    assert (scored.broken, scored.roles.tolist()) == (BrokenReason.NONE, [1, 0, 0, 2, 0])
+    del line["open_at_start"]
+    (scored,) = score_rollouts([parse_rollout(json.dumps(line))])
+    assert scored.broken == BrokenReason.STRAY_CLOSE
 
 
 def test_a_rollout_knows_what_counts_as_right():

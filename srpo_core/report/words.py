@@ -31,7 +31,7 @@ def fault(rollout: Rollout) -> tuple[BrokenReason, int | None]:
         >>> fault(Rollout(text="<perception>a cat</perception></think>"))
         (<BrokenReason.STRAY_CLOSE: 5>, 30)
     """
-    parsed = parse_response(rollout.text, rollout.tags, finished=rollout.finished)
+    parsed = parse_response(rollout.text, rollout.tags, finished=rollout.finished, open_at_start=rollout.open_at_start)
     return parsed.reason, parsed.position
 
 

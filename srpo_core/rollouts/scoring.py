@@ -221,7 +221,7 @@ def _segment(rollout: Rollout, options: ScoringOptions) -> tuple[NDArray[np.int6
     if rollout.roles is not None and rollout.broken is not None:
         return rollout.roles, rollout.broken
     tags = rollout.tags
-    parsed = parse_response(rollout.text, tags, finished=rollout.finished)
+    parsed = parse_response(rollout.text, tags, finished=rollout.finished, open_at_start=rollout.open_at_start)
     if rollout.roles is not None:
         return rollout.roles, parsed.reason
     if rollout.starts is None or rollout.ends is None:

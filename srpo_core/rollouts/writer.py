@@ -19,6 +19,7 @@ from srpo_core.rollouts import values as of
 from srpo_core.rollouts.line_file import LineFile
 from srpo_core.rollouts.pictures import Picture, picture, save
 from srpo_core.rollouts.record import DIVERGENCES, is_whole
+from srpo_core.rollouts.retag import tags_as_json
 from srpo_core.rollouts.values import Unwritable, reason_of
 from srpo_core.tags import DEFAULT_TAGS, RoleTags
 from srpo_core.token_text import text_decoder, token_spans
@@ -86,7 +87,7 @@ class RolloutWriter:
     ) -> None:
         self.path = Path(path)
         self.left_out: Counter[tuple[str, str]] = Counter()
-        self._tags = None if tags == DEFAULT_TAGS else _tags_field(tags)
+        self._tags = None if tags == DEFAULT_TAGS else tags_as_json(tags)
         self._correct_by = correct_by
         if resume_at is not None and resume_at < 0:
             raise ValueError(f"resume_at must be a step, at least 0, got {resume_at}; pass None to start a new file")
@@ -399,11 +400,6 @@ class RolloutWriter:
         for fault in faults:
             self._leave_out("extra", fault.reason, fault.reason)
         return kept
-
-
-def _tags_field(tags: RoleTags) -> dict[str, Any]:
-    pairs: dict[str, Any] = {kind: [tag for tag in pair if tag] for kind, pair in tags.pairs.items()}
-    return {"answer": None} | pairs | ({"nested": True} if getattr(tags, "nested", False) else {})
 
 
 def _step(value: Any) -> int:
