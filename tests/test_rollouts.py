@@ -208,6 +208,12 @@ def test_a_response_that_begins_inside_a_block_is_read_so():
     del line["open_at_start"]
     (scored,) = score_rollouts([parse_rollout(json.dumps(line))])
     assert scored.broken == BrokenReason.STRAY_CLOSE
+    line |= {
+        "open_at_start": "answer",
+        "tags": {"perception": ["<a>", "</a>"], "reasoning": ["<b>", "</b>"], "answer": None},
+    }
+    (scored,) = score_rollouts([parse_rollout(json.dumps(line))])
+    assert scored.broken == BrokenReason.NO_PERCEPTION
 
 
 def test_a_rollout_knows_what_counts_as_right():

@@ -8,7 +8,7 @@ import numpy as np
 from srpo_core.diagnostics import INTERFERENCE_MATTERS
 from srpo_core.rollouts import Rollout, ScoringOptions, Summary
 from srpo_core.rollouts.counts import UNKNOWN
-from srpo_core.tags import BrokenReason, parse_response
+from srpo_core.tags import BrokenReason
 
 __all__ = ["REASONS", "changed_options", "fault", "interference_in_words", "origin_of_weights", "percent"]
 __all__ += ["right_in_words"]
@@ -31,8 +31,7 @@ def fault(rollout: Rollout) -> tuple[BrokenReason, int | None]:
         >>> fault(Rollout(text="<perception>a cat</perception></think>"))
         (<BrokenReason.STRAY_CLOSE: 5>, 30)
     """
-    parsed = parse_response(rollout.text, rollout.tags, finished=rollout.finished, open_at_start=rollout.open_at_start)
-    return parsed.reason, parsed.position
+    return rollout.parsed.reason, rollout.parsed.position
 
 
 def interference_in_words(interference: float | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from srpo_core.roles import Role
 from srpo_core.rollouts.lines import NotJSON, is_blank, load_json, load_strictly, load_with_stdlib, not_a_rollout_file
-from srpo_core.tags import DEFAULT_TAGS, BrokenReason, RoleTags
+from srpo_core.tags import DEFAULT_TAGS, BrokenReason, Kind, Parsed, RoleTags, parse_response
 
 __all__ = ["SCHEMA_PATH", "Rollout", "RolloutError", "check_file", "load_json", "load_with_stdlib", "parse_rollout"]
 __all__ += ["read_rollouts"]
@@ -116,12 +116,18 @@ class Rollout:
     reference: str | None = None
     image: str | None = None
     tags: RoleTags = DEFAULT_TAGS
-    open_at_start: str | None = None
+    open_at_start: Kind | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of tokens; 0 where the tokens are not known."""
         return 0 if self.starts is None else len(self.starts)
+
+    @property
+    def parsed(self) -> Parsed:
+        """The text taken apart by the tags. A kind of block that these do not have cannot have been open."""
+        opened = self.open_at_start if self.open_at_start in self.tags.pairs else None
+        return parse_response(self.text, self.tags, finished=self.finished, open_at_start=opened)
 
     @property
     def pieces(self) -> list[str]:
@@ -382,7 +388,7 @@ def _tags(name: str, value: Any) -> RoleTags:
         raise RolloutError(f"{name}: {error}") from None
 
 
-def _kind_of_block(name: str, value: Any) -> str:
+def _kind_of_block(name: str, value: Any) -> Kind:
     if type(value) is not str or value not in KINDS:
         raise RolloutError(f"{name} must be one of {', '.join(KINDS)}, got {value!r}")
     return value

@@ -17,7 +17,7 @@ from srpo_core.roles import Role, label_tokens, roles_of_blocks
 from srpo_core.rollouts.correct import CorrectRule
 from srpo_core.rollouts.record import Rollout
 from srpo_core.rollouts.retag import Retag
-from srpo_core.tags import BrokenReason, parse_response
+from srpo_core.tags import BrokenReason
 from srpo_core.weights import shared_baseline_weights
 
 __all__ = ["ScoredRollout", "ScoringOptions", "score_rollouts"]
@@ -220,14 +220,13 @@ def _known_advantage(rollout: Rollout) -> float:
 def _segment(rollout: Rollout, options: ScoringOptions) -> tuple[NDArray[np.int64], BrokenReason]:
     if rollout.roles is not None and rollout.broken is not None:
         return rollout.roles, rollout.broken
-    tags = rollout.tags
-    parsed = parse_response(rollout.text, tags, finished=rollout.finished, open_at_start=rollout.open_at_start)
+    parsed = rollout.parsed
     if rollout.roles is not None:
         return rollout.roles, parsed.reason
     if rollout.starts is None or rollout.ends is None:
         return np.zeros(0, np.int64), parsed.reason
     starts, ends, role_of = rollout.starts.tolist(), rollout.ends.tolist(), roles_of_blocks(options.answer_role)
-    roles, _ = label_tokens(rollout.text, starts, ends, parsed, tags, role_of)
+    roles, _ = label_tokens(rollout.text, starts, ends, parsed, rollout.tags, role_of)
     return np.array(roles, dtype=np.int64), parsed.reason
 
 

@@ -61,6 +61,8 @@ def not_the_default(name, hint):
         return [f"<{name}>", f"</{name}>"]
     if get_origin(hint) is Literal:
         return [next(choice for choice in get_args(hint) if choice != CORE[name].default)]
+    if hint is str:
+        return ["vision-sr1"]
     return ["3"] if hint is int else ["0.25"]
 
 
