@@ -103,7 +103,7 @@ def test_null_is_not_recorded():
         (json.dumps(LINE, indent=2), "JSON over several lines, and a rollout file has one object a line"),
         (json.dumps(LINE).encode("utf-16"), "UTF-16 text, and a rollout file is UTF-8; srpo import "),
         (json.dumps(LINE).encode("utf-16-le"), "UTF-16 text"),
-        (gzip.compress(b"{}"), "compressed; unpack it with gunzip"),
+        (gzip.compress(b"{}", mtime=0), "compressed; unpack it with gunzip"),
         (b"PAR1....PAR1", "a Parquet file, as TRL logs completions; srpo import "),
         ('{"input": "q", "output": "a", "score": 1, "step": 1}', "a log of verl by its columns (input, output, score"),
         ('{"prompt": "q", "completion": "a", "advantage": NaN}', "a log of TRL by its columns"),
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_log_is_refused_as_a_whole(tmp_path, content):
 
 def test_a_torn_gzip_file_is_refused(tmp_path):
     path = tmp_path / "log.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100)[:-9])
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100, mtime=0)[:-9])
     with pytest.raises(UnreadableLog, match="torn"):
         tables(path)
 
