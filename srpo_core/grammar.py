@@ -103,8 +103,12 @@ def take_apart(
             return Parsed(tuple(reader.blocks), fault.reason, fault.position), reader.last_box
 
     parsed, last_box = read(None)
+    # A fault before any of them stays the first one, even if only a later tag showed it.
+    at_the_end = parsed.reason in (BrokenReason.NONE, BrokenReason.UNCLOSED, BrokenReason.NO_PERCEPTION)
+    if last_box is None or (not at_the_end and parsed.position is not None and parsed.position < last_box):
+        return parsed
     # Of several answers in brackets the last one counts: known only at the end, so that the text is read once more.
-    return parsed if last_box is None else read(last_box)[0]
+    return read(last_box)[0]
 
 
 class _Broken(Exception):

@@ -419,6 +419,13 @@ FAMILIES = {
 }
 
 
+def test_a_fault_before_the_answers_brackets_stays_the_first():
+    """A perception that the reasoning names closes after it, inside the brackets of the answer."""
+    text = "<perception></perception><think><perception></think>\\boxed{</perception>}"
+    parsed = parse_response(text, RoleTags(answer=("\\boxed{", "}")), finished=False)
+    assert (parsed.reason, parsed.position) == (BrokenReason.CROSSED, text.index("</think>"))
+
+
 @pytest.mark.parametrize(
     "tags",
     [
