@@ -384,7 +384,8 @@ def test_a_sure_token_keeps_its_gradient_in_float32():
     expected = gradients(made.plain().loss, made.leaves)
     for actual, wanted in zip(gradients(made.fused().loss, made.leaves), expected, strict=True):
         assert wanted.norm() < 1e-6
-        assert relative_error(actual, wanted.double()) < 1e-6
+        # Float32 holds the log-sum-exp, 24.6, to 16 eps: so much of a probability of 1e-9 is rounding.
+        assert relative_error(actual, wanted.double()) < 16 * torch.finfo(torch.float32).eps
 
 
 @surrogates
@@ -752,7 +753,7 @@ def test_a_scaled_loss_scales_its_gradients_and_a_second_backward_is_an_error():
         close(actual, 3.0 * expected)
     loss = made.fused().loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="sent backward twice.*compute it again"):
+    with pytest.raises(RuntimeError, match="backward was called twice.*compute the loss again"):
         loss.backward()
 
 
