@@ -7,14 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from einops import rearrange
-from rich.console import Console
 from torch import Generator, Tensor
 
 from benchmarks.grounding import train as training
 from benchmarks.grounding.arms import with_corrupted_image, with_other_perception
-from benchmarks.grounding.demo import demonstrate
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.report import write_rollouts
 from benchmarks.grounding.runs import Study, run_all
 from benchmarks.grounding.train import (
     METHODS,
@@ -38,7 +35,6 @@ from benchmarks.grounding.world import (
     PLACES,
     RGB,
     SPLITS,
-    TAG_IDS,
     PriorClash,
     Problems,
     measure,
@@ -46,8 +42,7 @@ from benchmarks.grounding.world import (
     reward,
     to_words,
 )
-from srpo_core import Role, SRPOConfig, grpo_loss, segment_roles, srpo_loss
-from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
+from srpo_core import Role, SRPOConfig, grpo_loss, srpo_loss
 
 WORLD = PriorClash(filler=1)
 BRIEF = WarmStartConfig(
@@ -401,113 +396,16 @@ def test_the_contexts_leave_what_they_must(writer):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    out = tmp_path_factory.mktemp("demo")
+    out = tmp_path_factory.mktemp("study")
     return Study(out, WORLD, BRIEF, TINY, evaluation_size=32, evaluate_every=1)
 
 
 @pytest.fixture(scope="module")
-def summary(study) -> dict:
-    return demonstrate(study, METHODS, [0], workers=1, console=Console(quiet=True))
+def results(study) -> list[dict]:
+    return run_all(study, METHODS, [0], on_event=lambda event: None)
 
 
-def test_the_demo_writes_its_summary(study, summary):
-    written = json.loads((study.out / "summary.json").read_text())
-    assert written["methods"].keys() == {"grpo", "srpo"}
-    for method in written["methods"].values():
-        assert method.keys() == set(SPLITS)
-        for accuracies in method.values():
-            assert 0.0 <= accuracies["before"] <= 1.0
-            assert 0.0 <= accuracies["after"] <= 1.0
-    befores = [{split: accuracy["before"] for split, accuracy in m.items()} for m in written["methods"].values()]
-    assert befores[0] == befores[1]
-    assert written["seeds"] == [0]
-    assert {"python", "torch", "srpo-core"} <= written["versions"].keys()
-    assert written["seconds"]["wall"] > 0
-    assert (study.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_rollouts_of_the_demo_explain_its_weights(study, summary):
-    """Labels, roles and weights of the file follow from its texts and log-probs, as the commands read them."""
-    rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
-    recomputed = score_rollouts(rollouts, ScoringOptions(recompute=True))
-    for rollout, scored in zip(rollouts, recomputed, strict=True):
-        assert rollout.weights == pytest.approx(scored.weights, abs=1e-3)
-        assert rollout.swapped is not None
-        assert rollout.scores == pytest.approx(scored.scores, abs=1e-4)
-        from_text = next(score_rollouts([replace(rollout, roles=None, broken=None)]))
-        assert from_text.broken == rollout.broken
-        assert from_text.roles.tolist() == scored.roles.tolist()
-        assert rollout.prompt is not None
-        assert rollout.reference is not None
-        words = [piece.strip() for piece in rollout.pieces]
-        assert rollout.correct == (rollout.reward == 1.0)
-        if rollout.correct:
-            assert words[words.index("<answer>") + 1] == rollout.reference.split()[-1]
-        if rollout.perception_correct:
-            colors = rollout.prompt.split()[1:4:2]
-            assert [words[words.index(color) + 1] for color in colors] == rollout.reference.split()[0:3:2]
-    assert any((scored.weights != 1).any() for scored in score_rollouts(rollouts))
-    specimens = {rollout.id: rollout for rollout in rollouts if rollout.id is not None}
-    assert list(specimens.values()) == rollouts[: len(specimens)]
-    for kind, specimen in specimens.items():
-        assert specimen.correct == (not kind.startswith("wrong"))
-        assert specimen.perception_correct == kind.startswith("right") or not specimen.correct
-
-
-def test_the_page_of_the_demo_shows_every_rollout_beside_its_image(study, summary):
-    page = (study.out / "weights.html").read_text()
-    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
-    rollouts = list(read_rollouts(study.out / "rollouts.jsonl"))
-    assert [row["tokens"] for row in data["rows"]] == [rollout.pieces for rollout in rollouts]
-    assert data["weights"] == "recorded"
-    assert data["interference"]["responses"] == len(rollouts)
-    assert data["sample"]["imagesMissing"] == data["sample"]["imagesLeftOut"] == 0
-    for row in data["rows"]:
-        assert data["images"][row["image"]].startswith("data:image/png;base64,")
-
-
-@pytest.mark.parametrize(
-    ("texts", "kinds"),
-    [
-        (
-            (RIGHT, RIGHT.replace("red 3", "red 2"), RIGHT.replace("<answer> 5", "<answer> 4")),
-            ["right", "lucky", "wrong"],
-        ),
-        ((RIGHT[:-6], RIGHT), ["right"]),
-        ((), []),
-    ],
-)
-def test_specimens_come_first(texts, kinds, tmp_path):
-    texts = [RIGHT[:-6], *texts]
-    token_ids = responses(*texts)
-    mask = token_ids != PAD
-    batch = Batch(
-        red_and_blue(len(texts)),
-        red_and_blue(len(texts)).images,
-        token_ids,
-        mask,
-        segment_roles(token_ids, mask, tag_ids=TAG_IDS, eos_token_id=EOS),
-        torch.zeros(len(texts), dtype=torch.long),
-        torch.ones(len(texts)),
-        -torch.ones(token_ids.shape),
-        mask.sum().float(),
-        step=0,
-    )
-    specimens = write_rollouts(TinyVLM(), SRPO(), batch, tmp_path / "rollouts.jsonl")
-    assert [kind.split(":")[0] for kind in specimens] == kinds
-    written = list(read_rollouts(tmp_path / "rollouts.jsonl"))
-    assert [rollout.id for rollout in written] == specimens + [None] * (len(texts) - len(kinds))
-    assert sorted(" ".join(map(str.strip, rollout.pieces)) for rollout in written) == sorted(texts)
-    assert [rollout.finished for rollout in written] == [rollout.text.endswith("<eos>") for rollout in written]
-    for rollout, kind in zip(written, kinds, strict=False):
-        assert (rollout.correct, rollout.perception_correct) == {
-            "right": (True, True),
-            "lucky": (True, False),
-            "wrong": (False, True),
-        }[kind]
-
-
-def test_finished_runs_are_found_and_others_are_not(study, summary, tmp_path):
+def test_finished_runs_are_found_and_others_are_not(study, results, tmp_path):
     shutil.copytree(study.out, tmp_path / "copy")
 
     def found(**changes) -> set[str]:
@@ -519,7 +417,7 @@ def test_finished_runs_are_found_and_others_are_not(study, summary, tmp_path):
     assert found(train=replace(TINY, learning_rate=1e-4)) == {"warm start"}
 
 
-def test_a_seed_determines_everything(study, summary, tmp_path):
+def test_a_seed_determines_everything(study, results, tmp_path):
     # In another process: a result must not depend on what ran before it.
     elsewhere = replace(study, out=tmp_path)
     again = run_all(elsewhere, {"srpo": SRPO()}, [0], workers=2, on_event=lambda event: None)[0]

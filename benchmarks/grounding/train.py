@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from benchmarks.grounding.model import TinyVLM
-from benchmarks.grounding.world import EOS, PAD, TAG_IDS, Problems, World, read, reward
+from benchmarks.grounding.world import EOS, PAD, TAG_IDS, Problems, Split, World, read, reward
 from srpo_core import (
     Credit,
     LossOutput,
@@ -93,14 +93,14 @@ def train(
 
 @torch.no_grad()
 def roll_out(
-    model: TinyVLM, world: World, config: TrainConfig, generator: Generator, step: int
+    model: TinyVLM, world: World, config: TrainConfig, generator: Generator, step: int, *, split: Split = "train"
 ) -> tuple[Batch, dict[str, float]]:
     """The responses of one step with their advantages, and their metrics.
 
     Groups whose answers are all right or all wrong have no advantage and are left out: that saves their passes and
     leaves the gradient as it was, because the normalizer still counts them.
     """
-    problems = world.sample(config.prompts, "train", generator).to(model.device)
+    problems = world.sample(config.prompts, split, generator).to(model.device)
     rollouts = model.generate(
         problems.images,
         problems.questions,

@@ -20,7 +20,8 @@ class WarmStartConfig:
     shortcut_right: float = 0.8  # share of questions whose shortcut is right
     neutral: float = 0.1  # share of questions that suggest nothing
     evidence_weight: float = 1.0  # of the tokens that carry the answer, in the loss
-    stop_at_perception: float | None = 0.6  # share of perceptions right, in 256 conflicts, at which to stop
+    stop_at_perception: float | None = 0.6  # share of perceptions right, in 256 problems, at which to stop
+    watched: Split = "conflict"  # the split of these problems
     max_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -65,7 +66,7 @@ def warm_start(
         optimizer.step()
         schedule.step()
         if step % (100 if config.stop_at_perception is None else 20) == 0:
-            perception = evaluate(model, world, "conflict", n=256, seed=step)["perception"]
+            perception = evaluate(model, world, config.watched, n=256, seed=step)["perception"]
             if on_progress is not None:
                 on_progress(step, perception)
             if config.stop_at_perception is not None and perception >= config.stop_at_perception:
