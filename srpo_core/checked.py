@@ -64,7 +64,10 @@ class Range(NamedTuple):
         )
 
     def check(self, name: str, value: float) -> None:
-        """Raise a ``ValueError`` that names the argument unless its value is inside."""
+        """Raise a ``ValueError`` that names the argument unless its value is a number inside the bounds."""
+        # Named one by one: a compiled function calls this with symbolic numbers, of which little else can be asked.
+        if value is None or isinstance(value, (str, bool, list, tuple, dict)):
+            raise ValueError(f"{name} must be {f'a number {self}'.strip()}, got {_described(value)}")
         if not self.holds(value):
             raise ValueError(f"{name} must be {self}, got {value}")
 
@@ -225,8 +228,24 @@ def _check(name: str, value: Any, annotation: Any, bounds: Range) -> None:
                 return
         elif isinstance(kind, type) and isinstance(value, kind):
             return
-    expected = _in_words(kinds, bounds)
-    raise OptionError(lambda named: f"{named(name)} must be {expected}, got {value!r}")
+    expected, got = _in_words(kinds, bounds), repr(value)
+    if any(kind in (int, float) for kind in kinds):
+        got = _described(value)
+    raise OptionError(lambda named: f"{named(name)} must be {expected}, got {got}")
+
+
+def _described(value: Any) -> str:
+    """What was given instead of a number, with the remedy where it is a number in quotes."""
+    if isinstance(value, bool):
+        return f"the boolean {value}"
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return f"the string {value!r}"
+        # YAML reads 1e-3 as a string, because its numbers have a dot.
+        return f"the string {value!r}; write {number!r} without quotes"
+    return repr(value)
 
 
 def _in_words(kinds: tuple[Any, ...], bounds: Range) -> str:

@@ -43,8 +43,11 @@ WRONG = [
     ({"degrees": 0.0}, r"must be in \(0, 250\], got 0.0"),
     ({"degrees": 250.1}, r"must be in \(0, 250\], got 250.1"),
     ({"degrees": math.nan}, r"must be in \(0, 250\], got nan"),
-    ({"degrees": "180"}, r"must be a number in \(0, 250\], got '180'"),
-    ({"degrees": True}, r"must be a number in \(0, 250\], got True"),
+    ({"degrees": "180"}, r"must be a number in \(0, 250\], got the string '180'; write 180.0 without quotes"),
+    ({"degrees": "1e-3"}, r"must be a number in \(0, 250\], got the string '1e-3'; write 0.001 without quotes"),
+    ({"degrees": "hot"}, r"must be a number in \(0, 250\], got the string 'hot'$"),
+    ({"degrees": True}, r"must be a number in \(0, 250\], got the boolean True"),
+    ({"minutes": True}, "must be a whole number at least 1 or None, got the boolean True"),
     ({"minutes": 0}, "must be at least 1, got 0"),
     ({"minutes": 1.5}, "must be a whole number at least 1 or None, got 1.5"),
     ({"fan_speed": 9.0}, r"must be in \[0, 9\), got 9.0"),
@@ -52,7 +55,7 @@ WRONG = [
     ({"plan": "wild"}, "must be one of 'steady' or a function, got 'wild'"),
     ({"label": 3}, "must be a str, got 3"),
     ({"plain": math.nan}, "must be a number, got nan"),
-    ({"plain": "0.5"}, "must be a number, got '0.5'"),
+    ({"plain": "0.5"}, "must be a number, got the string '0.5'; write 0.5 without quotes"),
 ]
 
 
@@ -135,6 +138,9 @@ def test_range_of_a_number(bounds, words, inside, outside):
         bounds.check("x", value)
     for value in outside:
         with pytest.raises(ValueError, match="^x must be "):
+            bounds.check("x", value)
+    for value in ("1", True, None, [1.0]):
+        with pytest.raises(ValueError, match="^x must be a number"):
             bounds.check("x", value)
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ from helpers import another_value
 from rollout_files import COMMANDS, HOSTILE, add_malformed, srpo, write_rollouts
 
 from srpo_core import ContextOptions, CreditOptions
-from srpo_core.cli import demo, doctor, terminal
+from srpo_core.cli import checks as checks_module
+from srpo_core.cli import demo, terminal
 from srpo_core.cli import weights as weights_module
 from srpo_core.cli.app import app
+from srpo_core.cli.checks import checks, loss_is_right, plain_doctor
 from srpo_core.cli.terminal import heat_text
 from srpo_core.formats import PUBLISHED
-from srpo_core.report import report_rollouts
+from srpo_core.report import answers, report_rollouts
 from srpo_core.report.colors import REACH, SCALES, TEXT
-from srpo_core.rollouts import Rollout, RolloutWriter, ScoringOptions, read_rollouts
+from srpo_core.rollouts import Rollout, RolloutWriter, ScoringOptions, read_rollouts, summarize_files
 from srpo_core.rollouts.scoring import UNREAD
 
 
@@ -80,21 +83,46 @@ def test_strict_stops_at_the_first_one(command, file):
 def test_a_file_with_nothing_to_read_is_an_error(command, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
-    if command == "segment":
-        assert "0 of 0 responses parse" in srpo("segment", empty).stdout
-    else:
-        assert "readable responses" in srpo(*COMMANDS[command](empty), code=1).stderr
+    assert f"there are no readable responses in {empty}" in srpo(*COMMANDS[command](empty), code=1).stderr
     empty.write_text('{"token": []}')
     assert f"{empty}, line 1: 'token' is not a field" in srpo(*COMMANDS[command](empty), code=1).stderr
     missing = tmp_path / "missing.jsonl"
     assert "does not exist" in srpo(*COMMANDS[command](missing), code=2).output
+    assert "is a folder; name the rollout files in it" in srpo(*COMMANDS[command](tmp_path), code=2).output
+    empty.write_text('[{"tokens": ["a"]}]')
+    stderr = srpo(*COMMANDS[command](empty), code=1).stderr
+    assert f"this is one JSON array, and a rollout file has one object a line; srpo import {empty}" in stderr
+    srpo("import", empty, "-o", tmp_path / "new.jsonl")  # the remedy that it names
+    assert [rollout.text for rollout in read_rollouts(tmp_path / "new.jsonl")] == ["a"]
+
+
+@pytest.mark.parametrize("command", ["report", "weights"])
+def test_a_folder_is_made_and_no_file_that_is_read_is_written_over(command, file):
+    before = file.read_bytes()
+    output = file.parent / "missing" / "folder" / "output"
+    srpo(command, file, "-o", output)
+    assert output.stat().st_size > 1000
+    for wrong, words in ((file, "is one of the files that are read"), (file.parent, "is a folder; name a file")):
+        stderr = srpo(command, file, "-o", wrong, code=1).stderr
+        assert stderr.startswith(f"Error: --output {wrong} {words}")
+        assert stderr.count("\n") == 1
+    assert file.read_bytes() == before
+    (file.parent / "plain").write_text("")
+    assert "cannot be written" in srpo("report", file, "-o", file.parent / "plain" / "r.html", code=1).stderr
 
 
 def test_the_report_says_what_it_shows(file):
     page = file.with_suffix(".html")
     output = srpo("report", file, "-o", page, "--sample", "10", "--title", "Run <7>").stdout
-    assert "46 of " in output
-    assert "of the weighted ones" in output
+    tokens = sum(len(rollout) for rollout in read_rollouts(file))
+    assert f"46, with {tokens} tokens; 2 have neither weights nor scores nor the log-probs of a second view" in output
+    assert "of the tokens with a role" in output
+    assert "perception = <perception> ... </perception>, reasoning = <think> ... </think>, answer = " in output
+    for answer in answers(summarize_files([file])):
+        assert answer.question in output
+        assert answer.sentence in " ".join(output.split())  # lines are wrapped
+    assert "of 11 images were not found: " in srpo("report", file, "-o", page).stdout
+    srpo("report", file, "-o", page, "--sample", "10", "--title", "Run <7>")
     data = data_of(page)
     assert data["counts"]["responses"] == 46
     assert data["sample"]["shown"] == len(data["rows"]) == 10
@@ -208,6 +236,10 @@ def test_only_images_are_embedded(tmp_path):
     data = data_of(tmp_path / "r.html")
     assert data["images"] == {}
     assert data["sample"]["imagesMissing"] == len(names)
+    told = data["missingImages"]
+    assert re.search("3 (of 5 images )?were not readable as PNG, JPEG, GIF or WebP: ", told)
+    assert re.search("2 (of 5 images )?were not found: ", told)
+    assert all(name in told for name in names)
 
 
 def test_show_has_the_text_its_weights_and_its_facts(file):
@@ -219,7 +251,9 @@ def test_show_has_the_text_its_weights_and_its_facts(file):
     assert output.count("reasoning") >= 4
     broken = srpo("show", file, "--index", "36").stdout
     assert "malformed: a block opens inside another" in broken
-    assert "has fewer than 1000 readable responses" in srpo("show", file, "--index", "999", code=1).stderr
+    stderr = srpo("show", file, "--index", "46", code=1).stderr
+    assert f"there is no response 46 in {file}: --index must be at most 45" in stderr
+    assert srpo("show", file, "--index", "45").stdout
 
 
 def test_the_terminal_shows_the_colors_of_the_page():
@@ -237,6 +271,8 @@ def test_no_text_steers_the_terminal(file):
         for by in ("weight", "score"):
             output = srpo("show", file, "--index", str(index), "--by", by, "--table").stdout
             assert not set(output) & {"\x1b", "\x07", "\r", "\u202e", "\u2028"}
+            if index == 42:
+                assert "\\u2028\\u2029\\u202eevil\\u202c" in output
     assert "[bold red]markup[/bold red]" in srpo("show", file, "--index", "43").stdout
 
 
@@ -249,7 +285,7 @@ def test_segment_points_at_the_fault(tmp_path):
     with RolloutWriter(tmp_path / "r.jsonl") as writer:
         writer.write([[text] for text in responses.values()])
     lines = srpo("segment", tmp_path / "r.jsonl").stdout.split("\n")
-    assert lines[0] == "0 of 3 responses parse (0.0 %)"
+    assert lines[0] == "0 of 3 responses are well-formed (0.0 %)"
     for reason, column in (("unclosed", 0), ("stray_close", 26), ("crossed", 22)):
         at = next(number for number, line in enumerate(lines) if f"  {reason}: " in line)
         wide = 1 if reason == "crossed" else 0  # the caret stands under what a wide character shifts
@@ -276,8 +312,7 @@ def test_weights_tries_options_on_recorded_log_probs(tmp_path):
     assert all(rollout.down_divergence is None for rollout in new)
     # The new file is compared with what it records.
     assert "recorded" in srpo("weights", file.with_name("new.jsonl")).stdout
-    assert "write to another" in srpo("weights", file, "-o", file, code=1).stderr
-    assert "2 responses have neither" in output
+    assert "2 responses have neither log-probs of a second view nor scores" in output
 
 
 def offered():
@@ -372,8 +407,8 @@ TAGS = {
 @pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
 def test_tags_are_options_of_every_command_that_reads(tmp_path, tags):
     file = of_one_response(tmp_path)
-    assert "0 of 1 responses parse" in srpo("segment", file).stdout
-    assert "1 of 1 responses parse" in srpo("segment", *tags, file).stdout
+    assert "0 of 1 response is well-formed" in srpo("segment", file).stdout
+    assert "1 of 1 response is well-formed" in srpo("segment", *tags, file).stdout
     assert "malformed" in srpo("show", file).stdout
     shown = srpo("show", file, *tags).stdout
     assert "malformed" not in shown
@@ -389,7 +424,7 @@ def test_tags_are_options_of_every_command_that_reads(tmp_path, tags):
     assert (new.tags.perception, new.tags.reasoning) == (("<d>", "</d>"), ("<r>", "</r>"))
     assert new.weights[1] != 1
     # What was written is read with the tags it was weighted with.
-    assert "1 of 1 responses parse" in srpo("segment", tmp_path / "new.jsonl").stdout
+    assert "1 of 1 response is well-formed" in srpo("segment", tmp_path / "new.jsonl").stdout
 
 
 def data_of_default(file, tmp_path):
@@ -403,11 +438,11 @@ def test_headings_and_published_formats_are_tags_too(tmp_path):
         writer.write([[text]])
     headings = ["--perception", "### Perception", "--reasoning", "### Reasoning", "--answer", "Answer:"]
     for tags in (headings, [word for word in headings if word not in ("--answer", "Answer:")] + ["--answer", "none"]):
-        assert "1 of 1 responses parse" in srpo("segment", *tags, tmp_path / "r.jsonl").stdout
+        assert "1 of 1 response is well-formed" in srpo("segment", *tags, tmp_path / "r.jsonl").stdout
     with RolloutWriter(tmp_path / "r.jsonl") as writer:
         writer.write([[PUBLISHED["visionary-r1"].example]])
-    assert "0 of 1 responses parse" in srpo("segment", tmp_path / "r.jsonl").stdout
-    assert "1 of 1 responses parse" in srpo("segment", "--format", "visionary-r1", tmp_path / "r.jsonl").stdout
+    assert "0 of 1 response is well-formed" in srpo("segment", tmp_path / "r.jsonl").stdout
+    assert "1 of 1 response is well-formed" in srpo("segment", "--format", "visionary-r1", tmp_path / "r.jsonl").stdout
 
 
 @pytest.mark.parametrize(
@@ -429,10 +464,36 @@ def test_doctor_names_versions_and_what_is_missing(monkeypatch):
     assert "the loss on" in output
     for name in ("torch", "trl", "verl", "openrlhf"):
         assert any(line.startswith(name) for line in output.split("\n"))
-    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "nothing-of-this-name>=1; extra == 'trl'"])
+    lines = ["torch>=99", "torch (>=1,<99)", "nothing-of-this-name>=1; extra == 'trl'"]
+    monkeypatch.setattr(checks_module, "requires", lambda name: lines)
+    good = {True: "ok", False: "not supported", None: "not installed (for TRL)"}
+    python, new, old, missing = checks()
+    assert (python.good, new.good, old.good, missing.good) == (True, False, True, None)
+    assert [check.verdict for check in (new, old, missing)] == [good[False], good[True], good[None]]
+    assert (old.supported, missing.installed) == (">=1,<99", "-")
     output = srpo("doctor").stdout
     assert "not supported" in next(line for line in output.split("\n") if line.startswith("torch"))
     assert "not installed (for TRL)" in output
+    assert loss_is_right() == ("cuda" if torch.cuda.is_available() else "cpu", True)
+
+
+def test_plain_doctor_says_the_same_without_the_packages_of_the_command(monkeypatch, capsys):
+    assert plain_doctor("typer") == 0
+    output = capsys.readouterr().out
+    rows = [line.split()[:3] for line in output.split("\n\n")[0].split("\n")]
+    assert rows == [list(check[:3]) for check in checks()]
+    assert "the loss on" in output
+    assert output.endswith("need typer, which is not installed: pip install '.[cli]' in a checkout of srpo_core.\n")
+    monkeypatch.setattr(checks_module, "loss_is_right", lambda: ("cpu", False))
+    assert plain_doctor("typer") == 1
+
+    def not_there(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks_module, "requires", not_there)
+    assert plain_doctor("typer") == 1
+    assert "imported but not installed: pip install -e ." in capsys.readouterr().err
+    assert "imported but not installed: pip install -e ." in srpo("doctor", code=1).stderr
 
 
 def test_demo_runs_in_a_checkout_and_says_where_it_is_elsewhere(monkeypatch, tmp_path):
@@ -456,17 +517,25 @@ def test_demo_runs_in_a_checkout_and_says_where_it_is_elsewhere(monkeypatch, tmp
     ]
 
 
-@pytest.mark.parametrize("name", ["typer", "rich", "packaging"])
+@pytest.mark.parametrize("name", ["typer", "rich"])
 def test_without_its_packages_the_command_says_what_to_install(name):
-    done = run_python(f"import sys; sys.modules[{name!r}] = None; from srpo_core.cli import main; main()")
+    without = f"import sys; sys.modules.update({name}=None, packaging=None); from srpo_core.cli import main; "
+    done = run_python(f"{without} sys.argv = ['srpo', 'report', 'r.jsonl']; main()")
     assert done.returncode == 1
-    assert done.stderr == f"The srpo command needs {name}, which is not installed: pip install 'srpo-core[cli]'\n"
+    assert done.stderr == (
+        f"The srpo command needs {name}, which is not installed: pip install '.[cli]' in a checkout of srpo_core. "
+        "Until then only `srpo doctor` works.\n"
+    )
+    done = run_python(f"{without} sys.argv = ['srpo', 'doctor']; main()")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "installed; not compared, because packaging is missing" in done.stdout
+    assert "the loss on" in done.stdout
 
 
 def test_another_package_that_is_missing_is_no_matter_of_the_command():
     done = run_python("import sys; sys.modules['torch'] = None; from srpo_core.cli import main; main()")
     assert "ModuleNotFoundError: import of torch halted" in done.stderr
-    assert "srpo-core[cli]" not in done.stderr
+    assert ".[cli]" not in done.stderr
 
 
 def run_python(code):

@@ -212,7 +212,10 @@ def test_openrlhf_batch_inference_is_imported(tmp_path):
     # Without a reward the columns do not tell.
     path = write(tmp_path / "y.jsonl", [{"input": "q", "output": GOOD}])
     failed = srpo("import", path, "-o", tmp_path / "out.jsonl", code=1).stderr
-    assert "its columns do not tell whose log this is ('input', 'output'); name the tool with --from trl|verl" in failed
+    assert (
+        "the columns ('input', 'output') do not show which tool wrote this log; name the tool with --from trl|verl"
+        in failed
+    )
     told = facts(srpo("import", path, "-o", tmp_path / "out.jsonl", "--from", "openrlhf").stdout)
     assert told["reward"] == "-"
     assert "'>=1'" in told["right"]
@@ -280,10 +283,13 @@ def test_a_table_that_is_written_again_is_counted_and_left_out_on_request(tmp_pa
     again = [json.loads(line) for line in path.read_text().splitlines()]
     write(path, [again[0], again[0] | {"step": ["2"] * 4}, again[1] | {"step": ["3"] * 4}])
     result = srpo("import", path, "-o", tmp_path / "o")
-    assert "4 responses were logged twice, at two steps: --drop-repeated" in result.stdout
+    assert (
+        "4 responses were logged twice, at two steps. Pass --drop-repeated to leave their second record out."
+        in result.stdout
+    )
     assert len(lines(tmp_path / "o")) == 12
     result = srpo("import", path, "-o", tmp_path / "o", "--drop-repeated")
-    assert "4 responses were logged twice, and are left out once" in result.stdout
+    assert "4 responses were logged twice; their second record is left out." in result.stdout
     assert [line["step"] for line in lines(tmp_path / "o")] == [1] * 4 + [3] * 4
 
 
@@ -293,10 +299,12 @@ def test_a_table_that_is_written_again_is_counted_and_left_out_on_request(tmp_pa
 def test_without_a_rule_nothing_is_said_to_be_right(tmp_path):
     folder = verl(tmp_path / "rollouts", steps=(1,))
     told = facts(srpo("import", folder, "-o", tmp_path / "o").stdout)
-    assert told["right"] == "not told: pass --right with one of score, acc"
+    assert told["right"] == "not known: pass --right with one of score, acc"
     assert {"correct", "correct_by"}.isdisjoint(lines(tmp_path / "o")[0])
     failed = srpo("import", folder, "-o", tmp_path / "new", "--right", "accuracy", code=1).stderr
-    assert "'accuracy', which is to say what counts as right, is none of the reward functions 'score', 'acc'" in failed
+    assert (
+        "'accuracy', which should decide what counts as right, is none of the reward functions 'score', 'acc'" in failed
+    )
     assert "--right: what counts as right must be" in srpo("import", folder, "--right", "a>b", code=1).stderr
     assert not (tmp_path / "new").exists()
 
@@ -323,7 +331,7 @@ def test_tags_of_the_command_are_those_of_the_rollouts(tmp_path):
     srpo("import", path, "-o", tmp_path / "o", "--perception", "<d> </d>", "--answer", "none")
     (rollout,) = read_rollouts(tmp_path / "o")
     assert rollout.tags == RoleTags(perception=("<d>", "</d>"), answer=None)
-    assert "1 of 1 responses parse" in srpo("segment", tmp_path / "o").stdout
+    assert "1 of 1 response is well-formed" in srpo("segment", tmp_path / "o").stdout
 
 
 # Files
@@ -367,7 +375,7 @@ def test_malformed_lines_are_named_and_the_others_imported(tmp_path):
     [
         ("", "there are no responses in "),
         ('{"text": "a"}\n', "this holds rollouts already: srpo report reads it"),
-        ('{"a": 1}\n', "its columns do not tell whose log this is ('a')"),
+        ('{"a": 1}\n', "the columns ('a') do not show which tool wrote this log"),
         ("torn", "this is neither JSON Lines, nor JSON, nor Parquet"),
     ],
 )

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rollout_files import HOSTILE, add_malformed, write_rollouts
 
-from srpo_core.report import report_files
+from srpo_core.report import answers, report_files
 from srpo_core.report.colors import REACH, SCALES, TEXT, weight_shade
+from srpo_core.report.escapes import escaped
 from srpo_core.rollouts import load, summarize_files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -236,12 +237,76 @@ def test_hostile_text_is_shown_and_does_nothing(browser):
     for text in HOSTILE:
         item = browser.find_element("css selector", f".item[data-index='{38 + HOSTILE.index(text)}']")
         browser.execute_script("arguments[0].click()", item)
-        assert text in texts(browser, ".t")
-        assert text in texts(browser, ".ask")[0]
-        assert text in texts(browser, "#detail h3")[0]
-        assert texts(browser, ".facts b")[-1] == json.dumps({text: text}, ensure_ascii=False)
+        shown = escaped(text)
+        assert shown in texts(browser, ".t")
+        assert shown in texts(browser, ".ask")[0]
+        assert shown in texts(browser, "#detail h3")[0]
+        assert texts(browser, ".facts b")[-1] == escaped(json.dumps({text: text}, ensure_ascii=False))
+    everything = browser.execute_script("return document.body.innerText")
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\u200e\u200f\u2028-\u202e\u2066-\u2069]", everything)
     assert browser.execute_script("return document.querySelectorAll('script').length") == scripts
     assert browser.execute_script("return document.querySelectorAll('#detail img[src=x]').length") == 0
+
+
+def test_the_page_escapes_what_the_terminal_escapes(browser):
+    characters = [chr(code) for code in [*range(0x3000), *range(0xFE00, 0xD7FF + 0x2A00), *range(0xE0000, 0xE0100)]]
+    characters = [character for character in characters if not 0xD800 <= ord(character) <= 0xDFFF]
+    there = browser.execute_script("return arguments[0].map(escaped)", characters)
+    assert there == [escaped(character, keep="\t\n") for character in characters]
+    assert len(set(there) - set(characters)) > 150
+
+
+def test_the_answers_stand_on_top(browser, page):
+    expected = answers(summarize_files([page.with_name("rollouts.jsonl")]))
+    assert texts(browser, "#answers dt") == [answer.question for answer in expected]
+    assert texts(browser, "#answers dd") == [answer.sentence for answer in expected]
+    tops = (
+        "return ['answers', 'notices', 'overview'].map((id) => document.getElementById(id).getBoundingClientRect().top)"
+    )
+    assert browser.execute_script(tops) == sorted(browser.execute_script(tops))
+
+
+def test_every_figure_is_explained_with_the_mouse_and_with_the_keyboard(browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    tip = browser.find_element("id", "tooltip")
+    for place in (".tile .label", "#shares h2", "#format h2", "#quadrants h2", ".plot h3"):
+        marks = f"return [...document.querySelectorAll({place!r})].map((n) => n.querySelectorAll('.help').length)"
+        assert set(browser.execute_script(marks)) == {1}, place
+    mark = browser.find_element("css selector", ".tile .help")
+    ActionChains(browser).move_to_element(mark).perform()
+    assert tip.is_displayed()
+    assert tip.text == mark.get_attribute("data-help")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert not tip.is_displayed()
+    browser.execute_script("document.querySelector('#format .help').focus()")
+    assert tip.is_displayed()
+    assert tip.text.startswith("The tags that were searched for")
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert not tip.text.startswith("The tags that were searched for") or not tip.is_displayed()
+
+
+def test_the_page_names_the_tags_and_the_images_that_are_missing(browser):
+    assert texts(browser, ".tags div") == [
+        "perception = <perception> ... </perception>",
+        "reasoning = <think> ... </think>",
+        "answer = <answer> ... </answer>",
+    ]
+    assert "8 of 11 images were not found: " in texts(browser, ".notice")[-1]
+
+
+def test_training_curves_have_axes(browser):
+    curves = browser.find_elements("css selector", ".curves .plot")
+    assert len(curves) == 6
+    for curve in curves:
+        words = [node.text for node in curve.find_elements("css selector", "svg text")]
+        assert words[-1] == "step"
+        assert {"0", "1", "2"} <= set(words)  # three steps
+        assert len(words) >= 6  # with two or more ticks of the values
+    assert any("%" in text for text in texts(browser, ".curves svg text"))
+    ticks = browser.execute_script("return [ticksOf(0, 1, 3), ticksOf(0.31, 0.52, 3), ticksOf(-3, 900, 4)]")
+    assert ticks == [[0, 0.5, 1], [0.4, 0.5], [0, 500]]
 
 
 def test_the_policy_of_the_page_stops_what_it_did_not_bring(driver, page):
@@ -255,7 +320,7 @@ def test_the_policy_of_the_page_stops_what_it_did_not_bring(driver, page):
 
 
 def test_nothing_overflows_a_narrow_screen(browser):
-    browser.set_window_size(520, 900)
+    browser.set_window_size(390, 900)
     try:
         wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
     finally:

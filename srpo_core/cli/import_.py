@@ -23,10 +23,12 @@ def import_(
     files: Annotated[
         list[Path], typer.Argument(help="Completion logs, or folders of them.", exists=True, readable=True)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the rollouts go.")] = Path("rollouts.jsonl"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The rollout file to write; missing folders are made.")
+    ] = Path("rollouts.jsonl"),
     tool: Annotated[
         Literal["trl", "verl", "swift", "openrlhf"] | None,
-        typer.Option("--from", help="Whose logs these are. Else their columns tell."),
+        typer.Option("--from", help="The tool that wrote the logs. Without it, their columns decide."),
     ] = None,
     reward: Annotated[
         list[str] | None,
@@ -34,19 +36,28 @@ def import_(
     ] = None,
     right: Annotated[
         str | None,
-        typer.Option(help="Which answers are right: accuracy_reward, accuracy_reward>=0.5, or >=1 of the reward."),
+        typer.Option(
+            help="Which answers are right: accuracy_reward, accuracy_reward>=0.5, or >=1 for the whole reward."
+        ),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(min=1, help="Responses to a prompt, where prompts of different images read the same.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Responses to each prompt, if prompts with different images have equal texts.",
+        ),
     ] = None,
     drop_repeated: Annotated[
-        bool, typer.Option("--drop-repeated", help="Leave out tables that the tool wrote again at a later step.")
+        bool,
+        typer.Option("--drop-repeated", help="Leave out tables that the tool wrote again at a later step."),
     ] = False,
     strict: Strict = False,
     *,
     tags: Retag,
 ) -> None:
-    """Turn completion logs of TRL, verl, ms-swift and OpenRLHF into a rollout file for the other commands."""
+    """Turn completion logs of TRL, verl, ms-swift or OpenRLHF into a rollout file for the other commands."""
+    if output.is_dir():
+        stop(f"--output {output} is a folder; name a file, such as {output / 'rollouts.jsonl'}")
     try:
         rule = None if right is None else CorrectRule.read(right)
     except ValueError as error:
@@ -71,12 +82,13 @@ def import_(
         name_lines(found.errors)
         stop("there are no responses in " + ", ".join(map(str, files)))
     _print_found(found)
-    out.print(Text(f"\n{output} holds {found.responses:,} responses; srpo report reads it."))
+    responses = f"{found.responses:,} response{'' if found.responses == 1 else 's'}"
+    out.print(safe(f"\n{output} holds {responses}; srpo report reads it."))
     finish(found.errors, found.malformed)
 
 
 def _weights(reward: list[str] | None) -> dict[str, float] | None:
-    """The weights of reward functions, as the option gives them."""
+    """The weights of the reward functions, as the option gives them."""
     weights: dict[str, float] = {}
     for item in reward or ():
         name, weight = item.rsplit("=", 1) if "=" in item else (item, "1")
@@ -108,10 +120,16 @@ def _print_found(found: Imported) -> None:
         facts.add_row("not in the log", "tokens, log-probs, weights, and whether a response was cut off")
     out.print(facts)
     if found.repeated:
-        repeated = f"\n{found.repeated:,} responses were logged twice, "
-        out.print(Text(repeated + ("and are left out once" if found.left_out else "at two steps: --drop-repeated")))
+        repeated = f"\n{found.repeated:,} responses were logged twice"
+        out.print(
+            Text(
+                f"{repeated}; their second record is left out."
+                if found.left_out
+                else f"{repeated}, at two steps. Pass --drop-repeated to leave their second record out."
+            )
+        )
     for what, count in sorted(found.dropped.items()):
-        out.print(safe(f"\n{what}: not kept, of {count:,} responses"))
+        out.print(safe(f"\n{what} of {count:,} responses: left out"))
     if found.contradicted:
         out.print(
             Text(
@@ -142,4 +160,4 @@ def _right(found: Imported) -> str:
         right, known = found.right[True], found.right[True] + found.right[False]
         return f"{percent(right, known) if known else '-'} of {known:,}, by {found.correct_by}"
     names = ", ".join(found.named)
-    return "not told: pass --right" + (f" with one of {names}" if names else ", such as '>=1'")
+    return "not known: pass --right" + (f" with one of {names}" if names else ", such as '>=1'")

@@ -1,4 +1,4 @@
-"""What the commands that read rollout files share: their arguments, progress bars, and malformed lines."""
+"""What the commands that read rollout files share: arguments, progress bars, and how malformed lines are named."""
 
 import inspect
 import os
@@ -28,15 +28,31 @@ from srpo_core.rollouts import (
 from srpo_core.rollouts.retag import Retag
 from srpo_core.tags import Kind, RoleTags, tag_pair
 
-__all__ = ["DEFAULT_WORKERS", "File", "Files", "Strict", "Workers", "finish", "name_lines", "progress_bar", "read"]
-__all__ += ["Right", "TagCommand", "scoring", "summarize", "with_tags"]
+__all__ = ["DEFAULT_WORKERS", "File", "Files", "Strict", "Workers", "check_output", "finish", "name_lines"]
+__all__ += ["Right", "TagCommand", "progress_bar", "read", "scoring", "summarize", "with_tags"]
 
-Files = Annotated[list[Path], typer.Argument(help="Rollout files.", exists=True, dir_okay=False, readable=True)]
-File = Annotated[Path, typer.Argument(help="A rollout file.", exists=True, dir_okay=False, readable=True)]
+
+def _file(path: Path) -> Path:
+    """A file that exists; else the command ends with one sentence."""
+    if path.is_dir():
+        inside = sorted(each.name for each in path.glob("*.jsonl"))[:3]
+        hint = f", such as {path / inside[0]}" if inside else ""
+        raise typer.BadParameter(f"{path} is a folder; name the rollout files in it{hint}.")
+    if not path.exists():
+        raise typer.BadParameter(f"{path} does not exist.")
+    return path
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    return [_file(path) for path in paths]
+
+
+Files = Annotated[list[Path], typer.Argument(help="Rollout files.", callback=_files)]
+File = Annotated[Path, typer.Argument(help="A rollout file.", callback=_file)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first malformed line instead of leaving it out.")]
 Right = Annotated[
     str | None,
-    typer.Option(help="Which answers count as right: a threshold on the reward, '>=1'. Else as the file says."),
+    typer.Option(help="Which answers count as right: a threshold on the reward, '>=1'. Else as recorded."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Number of processes that read large files.")]
 DEFAULT_WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,13 +63,13 @@ _JOINT = "\0"  # between an opening and a closing tag; no argument can hold it
 
 
 class TagCommand(TyperCommand):
-    """A command whose options of tags take one value or two.
+    """A command whose options for tags take one value or two.
 
-    A second value is the closing tag, unless it is an option or a file, or the first value is complete without.
+    A second value is the closing tag, unless it is an option or a file, or the first value is complete without it.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The arguments, with two values of one option as one."""
+        """The remaining arguments, after two values of one option have been joined to one."""
         joined: list[str] = []
         waiting = list(args)
         while waiting:
@@ -80,7 +96,7 @@ def _exists(path: str) -> bool:
 
 
 def _split_tags(value: str) -> tuple[str, ...]:
-    """An opening and a closing tag in one value, with a space or dots between; else the value, which is a heading."""
+    """The opening and the closing tag in one value, with a space or dots between them; else the value, a heading."""
     parts = re.split(r"\s*(?:\.\.\.|…)\s*", value)
     if len(parts) == 2 and all(parts):
         return tuple(parts)
@@ -90,7 +106,7 @@ def _split_tags(value: str) -> tuple[str, ...]:
 
 
 def with_tags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with options for tags. It gets them as `tags`, a :class:`~srpo_core.rollouts.Retag`."""
+    """A command with options for tags, which it gets as `tags`, a :class:`~srpo_core.rollouts.Retag`."""
     kinds = get_args(Kind)
 
     def wrapper(*args: Any, **given: Any) -> None:
@@ -98,8 +114,8 @@ def with_tags(command: Callable[..., None]) -> Callable[..., None]:
 
     options = [_option("format", "--format", "All tags: the name of a published format, or a grammar of a few lines.")]
     for kind in kinds:
-        none = " 'none': answers have no tags." if kind == "answer" else ""
-        help_text = f"Opening and closing tag of the {kind}, or one heading; else as recorded.{none}"
+        none = " Pass 'none' if answers have no tags." if kind == "answer" else ""
+        help_text = f"Opening and closing tag of the {kind}, or one heading. Without it, the recorded tags.{none}"
         options.append(_option(kind, f"--{kind}", help_text, metavar="OPENING [CLOSING]"))
     signature = inspect.signature(command)
     own = [each for name, each in signature.parameters.items() if name != "tags"]
@@ -114,7 +130,7 @@ def _option(name: str, written: str, help_text: str, **kwargs: Any) -> inspect.P
 
 
 def _retag(response_format: str | None, given: dict[str, str | None]) -> Retag:
-    """The tags that a command was given in place of those that rollouts were recorded with."""
+    """The tags that a command was given instead of the recorded ones."""
     tags: RoleTags | None = None
     changed: dict[str, tuple[str, str] | None] = {}
     if response_format is not None:
@@ -135,11 +151,19 @@ def _retag(response_format: str | None, given: dict[str, str | None]) -> Retag:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the error stream, moved by the number of bytes that are done and the number of all."""
+    """A progress bar on the error stream. It is moved by the number of bytes that are done and of all bytes."""
     columns = (TextColumn(what), BarColumn(40), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def check_output(output: Path, files: list[Path]) -> None:
+    """End the command with one sentence if the output is a folder or one of the files that are read."""
+    if output.is_dir():
+        stop(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if any(output.exists() and output.samefile(file) for file in files):
+        stop(f"--output {output} is one of the files that are read; write to another file")
 
 
 def scoring(right: str | None, tags: Retag) -> ScoringOptions:
@@ -147,15 +171,18 @@ def scoring(right: str | None, tags: Retag) -> ScoringOptions:
     try:
         return ScoringOptions(right=None if right is None else CorrectRule.read(right), tags=tags)
     except ValueError:
-        stop(f"--right must be a threshold on the reward, which is all that a file holds, such as '>=1', got {right!r}")
+        stop(
+            f"--right must be a threshold on the reward, such as '>=1', got {right!r}; a rollout file does not hold "
+            "the rewards of single functions"
+        )
 
 
 def summarize(files: list[Path], options: ScoringOptions, *, strict: bool, workers: int) -> Summary:
-    """The summary of files; without a single readable response the command ends."""
+    """The summary of files. The command ends if they hold no readable response."""
     with progress_bar("reading") as progress:
         try:
             summary = summarize_files(files, options, strict=strict, workers=workers, progress=progress)
-        except RolloutError as error:
+        except (RolloutError, OSError) as error:
             stop(str(error))
     if not len(summary):
         name_lines(summary.errors)
@@ -167,12 +194,12 @@ def read(file: Path, errors: list[RolloutError], *, tags: Retag, strict: bool) -
     """The rollouts of a file. Malformed lines go to `errors`; if `strict`, the first one ends the command."""
     try:
         yield from map(tags, read_rollouts(file, on_error=None if strict else errors.append))
-    except RolloutError as error:
+    except (RolloutError, OSError) as error:
         stop(str(error))
 
 
 def finish(errors: list[RolloutError], count: int | None = None) -> None:
-    """End the command. If lines were malformed, they are named and the exit status is 1, though the rest was served."""
+    """End the command. If lines were malformed, they are named and the exit status is 1."""
     count = len(errors) if count is None else count
     if not count:
         return
@@ -184,6 +211,6 @@ def finish(errors: list[RolloutError], count: int | None = None) -> None:
 
 
 def name_lines(errors: list[RolloutError], indent: str = "") -> None:
-    """Say where the first malformed lines are and what is wrong with them."""
+    """Print where the first malformed lines are and what is wrong with them."""
     for error in errors[:_SHOWN_ERRORS]:
         err.print(safe(f"{indent}{error}"), soft_wrap=True)

@@ -19,15 +19,15 @@ from srpo_core.tags import BrokenReason
 
 __all__ = ["show"]
 
-# What weights and scores follow from, where they are not recorded.
-_SOURCES = {"weight": "scores or log-probs of a second pass", "score": "log-probs of a second pass"}
+# What weights and scores are computed from, where they are not recorded.
+_SOURCES = {"weight": "scores, nor log-probs of a second view", "score": "log-probs of a second view"}
 
 
 @with_tags
 def show(
     file: File,
     index: Annotated[int, typer.Option(min=0, help="Which response, from 0; malformed lines do not count.")] = 0,
-    by: Annotated[By, typer.Option(help="What the colors mean.")] = "weight",
+    by: Annotated[By, typer.Option(help="Whether the colors show weights or scores.")] = "weight",
     list_tokens: Annotated[bool, typer.Option("--table", help="List every token with its numbers.")] = False,
     right: Right = None,
     strict: Strict = False,
@@ -36,10 +36,16 @@ def show(
 ) -> None:
     """Show one response as a heat map in the terminal."""
     errors: list[RolloutError] = []
-    found = next(islice(read(file, errors, tags=tags, strict=strict), index, None), None)
+    found, count = None, 0
+    for count, rollout in enumerate(islice(read(file, errors, tags=tags, strict=strict), index + 1), start=1):
+        found = rollout if count == index + 1 else None
     if found is None:
         name_lines(errors)
-        stop(f"{file} has fewer than {index + 1} readable responses")
+        stop(
+            f"there is no response {index} in {file}: --index must be at most {count - 1}"
+            if count
+            else f"there are no readable responses in {file}"
+        )
     options = scoring(right, tags)
     scored = next(score_rollouts([found], options))
     _print_facts(scored, index, options)
@@ -62,7 +68,7 @@ def _print_facts(scored: ScoredRollout, index: int, options: ScoringOptions) -> 
             facts.append(
                 f"{name} {'right' if value else 'wrong'}" + (f" ({rule})" if name == "answer" and rule else "")
             )
-    out.print(safe("  ".join(facts), style="bold"))
+    out.print(safe("  ".join(fact.replace("\n", " ") for fact in facts), style="bold"))
     if rollout.prompt is not None:
         out.print(safe(rollout.prompt, style="italic"))
     out.print()
@@ -77,13 +83,15 @@ def _print_heat(scored: ScoredRollout, by: By) -> None:
     if scored.has_weights if by == "weight" else scored.has_contrast:
         out.print(Text("\n").append_text(legend(by)))
     else:
-        out.print(Text(f"\n{by}s are not known: the line has neither {by}s nor {_SOURCES[by]}", style="yellow"))
+        out.print(
+            Text(f"\nThe {by}s are not known, because the line has neither {by}s nor {_SOURCES[by]}.", style="yellow")
+        )
     out.print(_role_table(scored))
 
 
 def _print_fault(scored: ScoredRollout) -> None:
     reason, position = fault(scored.rollout)
-    # The trainer may have judged otherwise than the text tells.
+    # The trainer may have judged the response differently.
     if scored.broken != BrokenReason.NONE and position is not None and reason != BrokenReason.NONE:
         out.print(Text(f"\nmalformed: {REASONS[reason]}", style="yellow"))
         print_caret(None, scored.rollout.text, position)

@@ -1,4 +1,4 @@
-"""What several commands print: texts of a model made safe, heat maps, tables, errors."""
+"""What several commands print: texts of a model made safe, heat maps, tables and errors."""
 
 import os
 from typing import Literal, NoReturn
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from srpo_core.report.colors import REACH, SCALES, TEXT, Color, Theme, score_shade, weight_shade
+from srpo_core.report.escapes import escaped
 
 __all__ = ["By", "err", "heat_text", "legend", "out", "print_caret", "safe", "stop", "table"]
 
@@ -20,16 +21,10 @@ By = Literal["weight", "score"]
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-# What a model writes must not steer the terminal: each control character, and each character that reorders text, is
-# shown as one visible character.
-_SHOWN_CONTROLS = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}
-_SHOWN_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F)], 0xFFFD)
-_SHOWN_CONTROLS |= dict.fromkeys([*range(0x2066, 0x206A), 0x061C, 0x2028, 0x2029], 0xFFFD)
-
 
 def safe(text: str, style: str = "") -> Text:
-    """A text that a model may have written, without control characters other than the newline and without markup."""
-    return Text(text.translate({**_SHOWN_CONTROLS, 10: 10}), style=style)
+    """A text that a model may have written: hidden characters are shown as escapes, markup is shown as it is."""
+    return Text(escaped(text), style=style)
 
 
 def stop(message: str) -> NoReturn:
@@ -47,13 +42,13 @@ def table(*headings: str, left: int = 1) -> Table:
 
 
 def heat_text(tokens: list[str], values: np.ndarray, *, by: By = "weight", theme: Theme | None = None) -> Text:
-    """Tokens on the colors of their weights, or of their scores, for ``rich`` to print.
+    """Tokens on the colors of their weights, or of their scores, as a text that ``rich`` prints.
 
     Args:
-        tokens: Their texts.
+        tokens: The texts of the tokens.
         values: Weights, or scores in nats.
-        by: Which of the two.
-        theme: Of the terminal; None: as its environment says, else dark.
+        by: Which of the two the values are.
+        theme: The theme of the terminal; None: what the environment variable ``COLORFGBG`` says, else dark.
 
     Example:
         >>> heat_text([" red", " 3"], np.array([1.0, 4.0]), theme="dark").spans
@@ -69,22 +64,25 @@ def heat_text(tokens: list[str], values: np.ndarray, *, by: By = "weight", theme
 
 
 def legend(by: By) -> Text:
-    """What the colors of a heat map mean."""
+    """What the colors of a heat map mean, in one line."""
     values = [0.25, 0.5, 1.0, 2.0, 4.0] if by == "weight" else [-5.0, -1.0, 0.0, 1.0, 5.0]
     labels = [f" {value:g} " for value in values]
     return Text(f"{by}  ").append_text(heat_text(labels, np.array(values), by=by))
 
 
 def print_caret(place: str | None, text: str, position: int) -> None:
-    """The part of a text around a character, and a caret below the character."""
+    """Print the part of a text around a character, and a caret below the character."""
     room = max(20, min(out.width, 120) - 8)
     start = max(0, min(position - room * 2 // 3, len(text) - room))
-    shown = text[start : start + room].translate({**_SHOWN_CONTROLS, 10: ord("↵")})
     before, after = "…" if start else "", "…" if start + room < len(text) else ""
+    # The caret stands below the character although an escape before it takes more room.
+    left, right = (
+        escaped(part.replace("\n", "↵"), keep="") for part in (text[start:position], text[position : start + room])
+    )
     if place is not None:
         out.print(safe(f"  {place}, character {position}", style="dim"))
-    out.print(Text(f"  {before}{shown}{after}"), no_wrap=True, overflow="ellipsis")
-    out.print(Text(" " * (2 + cell_len(before + shown[: position - start])) + "^", style="bold red"), no_wrap=True)
+    out.print(Text(f"  {before}{left}{right}{after}"), no_wrap=True, overflow="ellipsis")
+    out.print(Text(" " * (2 + cell_len(before + left)) + "^", style="bold red"), no_wrap=True)
 
 
 def _theme() -> Theme:

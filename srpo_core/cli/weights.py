@@ -1,4 +1,4 @@
-"""``srpo weights``: other options tried on recorded log-probs."""
+"""``srpo weights``: other options applied to recorded log-probs."""
 
 import inspect
 import json
@@ -19,13 +19,14 @@ from srpo_core.cli.reading import (
     Right,
     Strict,
     Workers,
+    check_output,
     finish,
     progress_bar,
     scoring,
     summarize,
     with_tags,
 )
-from srpo_core.cli.terminal import out, stop, table
+from srpo_core.cli.terminal import out, safe, stop, table
 from srpo_core.diagnostics import ROLE_NAMES
 from srpo_core.options import ContextOptions, CreditOptions
 from srpo_core.report.words import origin_of_weights, right_in_words
@@ -39,7 +40,7 @@ __all__ = ["weights"]
 
 
 def _offered() -> dict[str, tuple[Field[Any], Any]]:
-    """The options that can be tried on a file, by name: their fields, and their types where only names are offered."""
+    """The options that can be applied to a file, by name: the field of each, and the type of its values."""
     of_credit = [each.name for each in fields(CreditOptions) if each.name not in UNREAD]
     offered = {}
     for group, names in ((CreditOptions, of_credit), (ContextOptions, ["answer_role"])):
@@ -79,7 +80,7 @@ def weights(
     files: Files,
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the rollouts with these weights.")
+        Path | None, typer.Option("--output", "-o", help="File to which the rollouts are written with these weights.")
     ] = None,
     right: Right = None,
     strict: Strict = False,
@@ -87,10 +88,12 @@ def weights(
     tags: Retag,
     **chosen: Any,
 ) -> None:
-    """Apply options to the recorded log-probs and compare the weights: try settings before training with them.
+    """Apply other options to the recorded log-probs and compare the weights, before training with them.
 
-    With `--scale batch_rms` all the files together are the batch.
+    With `--scale batch_rms` all files together are the batch.
     """
+    if output is not None:
+        check_output(output, files)
     answer_role, recorded = chosen.pop("answer_role"), scoring(right, tags)
     try:
         options = replace(recorded, config=CreditOptions(**chosen), answer_role=answer_role, recompute=True)
@@ -100,19 +103,24 @@ def weights(
         stop(error.worded(_written))
     except ValueError as error:
         stop(str(error))
+    if not after.columns["weighed"].any():
+        told = f"no response in {', '.join(map(str, files))} has log-probs of a second view or scores"
+        stop(f"{told}, so that no weights can be computed; add them with `srpo score`")
     name = {"recorded": "recorded", "partly recorded": "recorded or default"}.get(
         origin_of_weights(before), "default options"
     )
     _print_comparison({name: before, "these options": after})
     if lacking := int((~after.columns["contrast"]).sum()):
         out.print(
-            Text(f"\n{lacking:,} responses have neither log-probs of a second pass nor scores: no part of the figures.")
+            Text(
+                f"\n{lacking:,} {'response has' if lacking == 1 else 'responses have'} neither log-probs of a second "
+                "view nor scores, and no part in the figures."
+            )
         )
     if output is not None:
-        if any(output.exists() and output.samefile(file) for file in files):
-            stop(f"{output} is one of the files that are read; write to another")
+        output.parent.mkdir(parents=True, exist_ok=True)
         _write_weights(files, output, after.options)
-        out.print(Text(f"\n{output} holds the rollouts with these weights; srpo report reads it."))
+        out.print(safe(f"\n{output} holds the rollouts with these weights; srpo report reads it."))
     finish(before.errors, before.malformed)
 
 
@@ -130,7 +138,7 @@ def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> 
                     scored = score_rollouts([rollout for _, rollout in good], options)
                     for (line, _), row in zip(good, scored, strict=True):
                         values = load_strictly(line, load_json)
-                        if options.tags:  # what the trainer found with other tags goes with them
+                        if options.tags:  # what the trainer found with its own tags is left out
                             values["tags"] = tags_as_json(row.rollout.tags)
                             for name in ("roles", "broken", "scores"):
                                 values.pop(name, None)
@@ -139,7 +147,7 @@ def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> 
                             values["weights"] = _rounded(row.weights)
                             if len(row.known_scores) == len(ROLE_NAMES):
                                 values["scores"] = _rounded(row.scores)
-                        for name in DIVERGENCES:  # of two steps that the old weights defined
+                        for name in DIVERGENCES:  # they belong to two steps that the old weights defined
                             values.pop(name, None)
                         target.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
                     progress(done, total)
@@ -162,7 +170,7 @@ _HEADINGS = {"mass": "mass", "mean": "mean", "p05": "5 %", "p50": "median", "p95
 
 
 def _print_comparison(summaries: dict[str, Summary]) -> None:
-    """What the options change: the metrics of both summaries, by the parts of their names in rows and columns."""
+    """Print what the options change: the metrics of both summaries, one below the other."""
     metrics = {name: summary.metrics() for name, summary in summaries.items()}
 
     def compare(title: str, prefixes: dict[str, str], keys: list[str]) -> None:
@@ -176,10 +184,10 @@ def _print_comparison(summaries: dict[str, Summary]) -> None:
         out.print()
 
     overall = table("", *metrics)
-    for label, name in (("cosine to GRPO", "advantage/cosine"), ("effective tokens", "tokens/effective_fraction")):
+    for label, name in (("similarity to GRPO", "advantage/cosine"), ("effective tokens", "tokens/effective_fraction")):
         overall.add_row(label, *(f"{values[name]:.4f}" if name in values else "-" for values in metrics.values()))
     out.print(overall)
-    out.print(Text(f"right: {right_in_words(next(iter(summaries.values())))}", style="dim"))
+    out.print(safe(f"right: {right_in_words(next(iter(summaries.values())))}", style="dim"))
     out.print()
     roles = {f"{name}{suffix}": f"{name}{path}" for name in ROLE_NAMES.values() for suffix, path in _ANSWERS.items()}
     compare("weight", {label: f"weight/{path}" for label, path in roles.items()}, ["mass", "mean", "p05", "p50", "p95"])

@@ -1,14 +1,23 @@
-"""Images as data URIs, small enough for a page."""
+"""Images as data URIs that are small enough for a page."""
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+__all__ = ["Images"]
+
 _SIDE = 384  # pixels of the longer side, at most
 _BYTES = 50_000  # larger files are compressed
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+_NAMED = 3  # of the images that a sentence is about
+
+_NOT_FOUND = "not found"
+_ADDRESS = "on the network, from which the page loads nothing"
+_UNREADABLE = "not readable as PNG, JPEG, GIF or WebP"
+_REMEDIES = {_NOT_FOUND: "relative paths start at the folder of the rollout file"}
 
 
 @dataclass
@@ -17,60 +26,86 @@ class Images:
 
     Attributes:
         folders: Where the relative paths of each file start.
-        budget: Characters that all images may take.
+        budget: Number of characters that all images may take.
         shown: The data URIs.
-        used: Characters that they take.
-        left_out: How many did not fit.
-        missing: How many are not images that can be read.
+        used: Number of characters that they take.
+        left_out: The images that did not fit.
+        missing: Why each other image is not shown.
     """
 
     folders: Sequence[Path]
     budget: int
     shown: dict[str, str] = field(default_factory=dict)
     used: int = 0
-    left_out: int = 0
-    missing: int = 0
+    left_out: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def add(self, image: str | None, file: int) -> str | None:
-        """Embed an image of a file; the key under which the page finds it, None if there is none."""
+        """Embed an image of a file; the key under which the page finds it, None if it is not shown."""
         if image is None:
             return None
         key = f"{file}/{image}" if len(self.folders) > 1 else image
-        if key not in self.shown:
-            uri = _data_uri(self.folders[file] / image)
-            if uri is None:
-                self.missing += 1
-                return None
-            if self.used + len(uri) > self.budget:
-                self.left_out += 1
-                return None
-            self.shown[key] = uri
-            self.used += len(uri) + len(key) + 8
+        if key in self.shown:
+            return key
+        if key in self.missing:
+            return None
+        found = _data_uri(self.folders[file], image)
+        if found in (_NOT_FOUND, _ADDRESS, _UNREADABLE):
+            self.missing[key] = found
+            return None
+        if self.used + len(found) > self.budget:
+            self.left_out.add(key)
+            return None
+        self.left_out.discard(key)
+        self.shown[key] = found
+        self.used += len(found) + len(key) + 8
         return key
 
+    def missing_in_words(self) -> str:
+        """How many images are missing, which and why, in one sentence; empty if none is.
 
-def _data_uri(path: Path) -> str | None:
-    """A small copy of an image, or the file itself without Pillow; None if it is not an image that can be read."""
+        Example:
+            >>> images = Images([Path("no/such/folder")], budget=1000)
+            >>> _ = images.add("a.png", 0)
+            >>> images.missing_in_words()
+            '1 of 1 images was not found: a.png (relative paths start at the folder of the rollout file).'
+        """
+        total = len(self.shown) + len(self.left_out) + len(self.missing)
+        parts = []
+        for reason in dict.fromkeys(self.missing.values()):
+            keys = [key for key, its in self.missing.items() if its == reason]
+            more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
+            remedy = f" ({_REMEDIES[reason]})" if reason in _REMEDIES else ""
+            be = "was" if len(keys) == 1 else "were"
+            of = f" of {total:,} images" if not parts else ""
+            parts.append(f"{len(keys):,}{of} {be} {reason}: {', '.join(keys[:_NAMED])}{more}{remedy}")
+        return "; ".join(parts) + "." if parts else ""
+
+
+def _data_uri(folder: Path, image: str) -> str:
+    """A small copy of an image, or the file itself without Pillow; else one of the reasons why it cannot be shown."""
+    if re.match(r"(?i)(https?|ftp|s3|gs)://", image):
+        return _ADDRESS
     try:
-        content = path.read_bytes()
+        content = (folder / image).read_bytes()
     except (OSError, ValueError):
-        return None
+        return _NOT_FOUND
     kind = next((kind for signature, kind in _SIGNATURES.items() if content.startswith(signature)), None)
     if kind is None:
-        return None
+        return _UNREADABLE
     try:
         from PIL import Image
     except ImportError:
         pass
     else:
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                if max(image.size) > _SIDE or len(content) > _BYTES:
-                    image.thumbnail((_SIDE, _SIDE))
+            with Image.open(io.BytesIO(content)) as opened:
+                opened.load()
+                if max(opened.size) > _SIDE or len(content) > _BYTES:
+                    opened.thumbnail((_SIDE, _SIDE))
                     smaller = io.BytesIO()
-                    image.convert("RGB").save(smaller, "JPEG", quality=82)
+                    opened.convert("RGB").save(smaller, "JPEG", quality=82)
                     content, kind = smaller.getvalue(), "jpeg"
         except Exception:  # Pillow lets through whatever its decoders raise
-            return None
+            return _UNREADABLE
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,15 +1,17 @@
-"""The data of the page that are about all responses: counts, metrics, histograms, curves."""
+"""The data of the page that are about all responses: answers, figures, histograms, curves."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srpo_core.diagnostics import ROLE_NAMES
+from srpo_core.report.figures import HELP, figures
 from srpo_core.report.words import (
     REASONS,
+    answers,
     changed_options,
     interference_in_words,
     origin_of_weights,
@@ -25,27 +27,27 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
     """The data of the page that are about all responses."""
     columns = summary.columns
     steps = np.unique(columns["step"][columns["step"] >= 0])
-    rewards = columns["reward"][~np.isnan(columns["reward"])]
-    advantages = summary.advantages
     metrics = summary.metrics()
     has_tokens = columns["has_tokens"]
     figure, advice = interference_in_words(metrics.pop("interference", None))  # JSON has no infinity
     return {
         "title": title,
         "version": _version(),
+        "answers": [answer._asdict() for answer in answers(summary)],
+        "figures": [figure._asdict() for figure in figures(summary)],
+        "help": HELP,
+        "formats": [{"lines": lines.split("\n"), "count": number} for lines, number in summary.formats.most_common(4)],
         "files": [Path(file).name for file in summary.files],
         "counts": {
             "responses": len(summary),
             "tokens": int(columns["tokens"].sum()) if has_tokens.any() else None,
             "withoutTokens": int((~has_tokens).sum()),
             "groups": len({group for group in summary.groups if group is not None}),
-            "silent": _silent_share(summary, advantages),
             "steps": len(steps),
             "malformed": summary.malformed,
             "withoutWeights": int(((columns["tokens"] > 0) & (columns["weighed"] == 0)).sum()),
             "judged": int((columns["broken"] != UNKNOWN).sum()),
         },
-        "reward": float(rewards.mean()) if len(rewards) else None,
         "errors": [
             {"file": Path(error.path or "").name, "line": error.line, "reason": error.reason}
             for error in summary.errors[:5]
@@ -54,7 +56,6 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
         "shares": _shares_of_roles(summary),
         "weights": origin_of_weights(summary),
         "options": changed_options(summary.options),
-        "clip": summary.options.config.score_clip,
         "metrics": metrics,
         "interference": {"figure": figure, "advice": advice, "responses": int(columns["diverged"].sum())},
         "histograms": _histograms(summary),
@@ -67,15 +68,15 @@ def overview(summary: Summary, title: str) -> dict[str, Any]:
             for reason in REASONS
         ],
         "quadrants": _quadrants(summary),
-        "steps": _steps(summary, steps) if len(steps) > 2 else None,
+        "training": _training(summary, steps) if len(steps) > 2 else None,
     }
 
 
 def _shares_of_roles(summary: Summary) -> dict[str, list[float] | None]:
-    """Shares of perception and of reasoning in the tokens and in the weight, None where that is not known.
+    """Shares of perception and of reasoning in the tokens and in the weight; None where they are not known.
 
-    Both are over the responses whose weights are known, because only over the same responses they can be compared;
-    without any, the tokens are those of all.
+    Both are over the responses whose weights are known, because shares of different responses cannot be compared. If no
+    weights are known, the tokens are those of all responses.
     """
     columns = summary.columns
     rows = columns["weighed"] > 0 if columns["weighed"].any() else columns["tokens"] > 0
@@ -94,14 +95,8 @@ def _version() -> str:
         return "from source"
 
 
-def _silent_share(summary: Summary, advantages: NDArray[np.float64]) -> float | None:
-    """Share of responses with an advantage of 0, as when all rewards of a group are equal: they teach nothing."""
-    known = ~np.isnan(advantages)
-    return float((advantages[known] == 0).mean()) if known.any() else None
-
-
 def _histograms(summary: Summary) -> dict[str, Any]:
-    """Shares of tokens by weight (in powers of 2) and by score (nats)."""
+    """Shares of the tokens by weight (in powers of 2) and by score (nats)."""
     histograms: dict[str, Any] = {}
     for index, name in enumerate(ROLE_NAMES.values()):
         for kind, grid, counts in (
@@ -162,28 +157,66 @@ def _quadrants(summary: Summary) -> list[dict[str, Any]] | None:
     return cells
 
 
-def _steps(summary: Summary, steps: NDArray[np.int64]) -> dict[str, Any]:
-    """Means over the responses of each step."""
+class _Curve(NamedTuple):
+    """A mean over the responses of each step."""
+
+    label: str
+    unit: str  # on the axis
+    help: str
+
+
+_CURVES = {
+    "reward": _Curve("Reward", "mean", "Mean reward of the responses of each step."),
+    "right": _Curve("Right answers", "share", "Share of right answers among the judged answers of each step."),
+    "structured": _Curve(
+        "Responses with roles",
+        "share",
+        "Share of the responses of each step in which some token is part of a perception or of a reasoning. The others "
+        "are trained as in GRPO.",
+    ),
+    "weight": _Curve("Weight of perception", "mean weight", "Mean weight of the perception tokens. 1 is GRPO."),
+    "visual": _Curve(
+        "Visual dependency",
+        "nats per token",
+        "Mean score of the perception tokens: the nats that a token loses when the image is corrupted. If it falls to "
+        "0, the perceptions no longer depend on the image.",
+    ),
+    "consistency": _Curve(
+        "Perception consistency",
+        "nats per token",
+        "Mean score of the reasoning tokens: the nats that a token loses when its perception is replaced. If it falls "
+        "to 0, the reasoning no longer depends on the perception.",
+    ),
+}
+
+
+def _training(summary: Summary, steps: NDArray[np.int64]) -> dict[str, Any]:
+    """Means over the responses of each step, as the page draws them."""
     columns = summary.columns
+    numbers = np.searchsorted(steps, columns["step"].clip(min=0))
+    has_step = columns["step"] >= 0
 
     def series(numerator: NDArray[Any], denominator: NDArray[Any] | None = None) -> list[float | None]:
-        values = []
-        for step in steps:
-            rows = columns["step"] == step
-            part = numerator[rows].astype(float)
-            whole = (~np.isnan(part)).sum() if denominator is None else denominator[rows].sum()
-            values.append(round(float(np.nansum(part) / whole), 5) if whole else None)
-        return values
+        part = numerator.astype(float)
+        whole = (~np.isnan(part)).astype(float) if denominator is None else denominator.astype(float)
+        rows = has_step & (whole > 0)
+        sums, counts = (
+            np.bincount(numbers[rows], weights=values[rows], minlength=len(steps)) for values in (part, whole)
+        )
+        return [float(f"{one / many:.6g}") if many else None for one, many in zip(sums, counts, strict=True)]
 
     structured = ((columns["perception/tokens"] + columns["reasoning/tokens"]) > 0).astype(float)
     structured[columns["tokens"] == 0] = np.nan
     answers = np.where(columns["right"] == UNKNOWN, np.nan, columns["right"])
+    values = {
+        "reward": series(columns["reward"]),
+        "right": series(answers),
+        "structured": series(structured),
+        "weight": series(columns["perception/weights"], columns["perception/weighed"]),
+        "visual": series(columns["perception/scores"], columns["perception/scored"]),
+        "consistency": series(columns["reasoning/scores"], columns["reasoning/scored"]),
+    }
     return {
         "step": steps.tolist(),
-        "reward": series(columns["reward"]),
-        "right answers": series(answers),
-        "structured": series(structured),
-        "perception weight": series(columns["perception/weights"], columns["perception/weighed"]),
-        "perception score": series(columns["perception/scores"], columns["perception/scored"]),
-        "reasoning score": series(columns["reasoning/scores"], columns["reasoning/scored"]),
+        "curves": [curve._asdict() | {"values": values[name]} for name, curve in _CURVES.items()],
     }

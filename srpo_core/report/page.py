@@ -1,4 +1,4 @@
-"""The page: one file that loads nothing and runs one script, its own.
+"""The page: one file that loads nothing and runs only its own script.
 
 A content security policy in its head forbids everything else. Whatever a model wrote enters the page as text, never as
 markup.
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,23 @@ from srpo_core.rollouts import (
 from srpo_core.rollouts.counts import UNKNOWN
 from srpo_core.rollouts.record import ROLE_LETTERS
 
-__all__ = ["report_files", "report_rollouts"]
+__all__ = ["Written", "report_files", "report_rollouts"]
 
 _MAX_BYTES = 5_000_000
 _IMAGE_SHARE = 0.4  # of the page
+_SCRIPTS = ("base.js", "overview.js", "responses.js")  # joined in this order
+
+
+class Written(NamedTuple):
+    """What a written page holds.
+
+    Attributes:
+        shown: Number of responses in the list.
+        missing_images: Which images are not shown and why, in one sentence; empty if none is missing.
+    """
+
+    shown: int
+    missing_images: str
 
 
 def report_files(
@@ -50,22 +63,24 @@ def report_files(
     seed: int = 0,
     max_bytes: int = _MAX_BYTES,
     title: str = "Credit report",
-) -> None:
+) -> Written:
     """Write the page of summarized files: statistics over all responses, heat maps of a sample.
 
     Args:
         summary: From :func:`~srpo_core.rollouts.summarize_files`.
-        path: Where the page goes.
-        sample: How many responses to show, at most.
+        path: The file to write; missing folders are made.
+        sample: Number of responses to show, at most.
         seed: Seed for drawing them.
-        max_bytes: Size of the page, at most; fewer responses and images are shown where it would be exceeded.
+        max_bytes: Size of the page, at most. If it would be exceeded, fewer responses and images are shown.
         title: Title of the page.
+
+    Returns:
+        What the page holds.
     """
     rows = summary.sample(sample, seed=seed).tolist()
     shown = zip(rows, load(summary, rows), strict=True)
     folders = [Path(file).parent for file in summary.files]
-    page = _page(summary, shown, folders, seed=seed, max_bytes=max_bytes, title=title)
-    Path(path).write_text(page, encoding="utf-8")
+    return _write(path, summary, shown, folders, seed=seed, max_bytes=max_bytes, title=title)
 
 
 def report_rollouts(
@@ -78,37 +93,40 @@ def report_rollouts(
     seed: int = 0,
     max_bytes: int = _MAX_BYTES,
     title: str = "Credit report",
-) -> None:
+) -> Written:
     """Write the same page for rollouts in memory.
 
     Args:
-        rollouts: As read, or made by hand.
-        path: Where the page goes.
+        rollouts: The rollouts.
+        path: The file to write; missing folders are made.
         options: How log-probs become weights; None for the defaults.
         image_folder: Where relative image paths start.
-        sample: How many responses to show, at most.
+        sample: Number of responses to show, at most.
         seed: Seed for drawing them.
         max_bytes: Size of the page, at most.
         title: Title of the page.
+
+    Returns:
+        What the page holds.
 
     Example:
         >>> import tempfile
         >>> from srpo_core.rollouts import parse_rollout
         >>> rollout = parse_rollout('{"tokens": ["<perception>", "a", "cat", "</perception>"]}')
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report_rollouts([rollout], Path(folder) / "report.html")
-        ...     (Path(folder) / "report.html").read_text()[:15]
-        '<!doctype html>'
+        ...     written = report_rollouts([rollout], Path(folder) / "report.html")
+        ...     written.shown, (Path(folder) / "report.html").read_text()[:15]
+        (1, '<!doctype html>')
     """
     scored = list(score_rollouts(rollouts, options))
     summary = summarize_rollouts(scored, options)
     rows = summary.sample(sample, seed=seed).tolist()
     shown = ((row, scored[row]) for row in rows)
-    page = _page(summary, shown, [Path(image_folder)], seed=seed, max_bytes=max_bytes, title=title)
-    Path(path).write_text(page, encoding="utf-8")
+    return _write(path, summary, shown, [Path(image_folder)], seed=seed, max_bytes=max_bytes, title=title)
 
 
-def _page(
+def _write(
+    path: str | os.PathLike[str],
     summary: Summary,
     shown: Iterable[tuple[int, ScoredRollout]],
     folders: Sequence[Path],
@@ -116,11 +134,12 @@ def _page(
     seed: int,
     max_bytes: int,
     title: str,
-) -> str:
+) -> Written:
     advantages = summary.advantages
     about_all = overview(summary, title)
     folder = files("srpo_core.report")
-    template = {name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    template = {name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css")}
+    template["js"] = "".join(folder.joinpath(name).read_text("utf-8") for name in _SCRIPTS)
     style = template["css"] + "".join(_shades(theme) for theme in SCALES)
     fixed = sum(map(len, (*template.values(), style))) + len(_json(about_all)) + 2000
 
@@ -142,7 +161,8 @@ def _page(
         "rows": rows,
         "images": images.shown,
         "sample": {"shown": len(rows), "total": len(summary), "tooLarge": left_out, "seed": seed}
-        | {"images": len(images.shown), "imagesLeftOut": images.left_out, "imagesMissing": images.missing},
+        | {"images": len(images.shown), "imagesLeftOut": len(images.left_out), "imagesMissing": len(images.missing)},
+        "missingImages": images.missing_in_words(),
     }
     policy = (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -150,8 +170,11 @@ def _page(
     )
     parts = {"policy": policy, "title": html.escape(title), "style": style, "script": template["js"]}
     parts["data"] = _json(data)
-    # In one pass: what has been filled in may itself look like a place to fill in.
-    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template["html"])
+    # In one pass, because what has been filled in may itself look like a place to fill in.
+    page = re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], template["html"])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+    return Written(len(rows), data["missingImages"])
 
 
 def _json(data: Any) -> str:

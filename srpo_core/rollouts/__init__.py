@@ -1,4 +1,4 @@
-"""Rollouts on disk, one response per line: written by any trainer, read and summarized by the ``srpo`` command.
+"""Rollouts on disk, one response per line: any trainer writes them, and the ``srpo`` command summarizes them.
 
 A line is a JSON object that ``rollouts.schema.json`` in this folder describes. Each line stands on its own, so files
 can be joined, split and filtered with everyday tools.

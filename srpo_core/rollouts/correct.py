@@ -1,4 +1,4 @@
-"""Which responses count as right: a rule on rewards, in the few characters of an option."""
+"""Which responses count as right: a rule on rewards that is short enough for an option."""
 
 import math
 import re
@@ -23,13 +23,13 @@ _RULE = re.compile(r"(?P<function>[^<>=]*)((?P<sign>>=?)(?P<threshold>[^<>=]*))?
 class CorrectRule:
     """A response is right where a reward reaches a threshold.
 
-    A sum of several rewards rarely tells which answers are right: with a format bonus of 0.1, a wrong answer earns 0.1.
-    So name the function that looks at the answer, or a threshold that only right answers reach.
+    The sum of several rewards rarely shows which answers are right: with a format bonus of 0.1, a wrong answer earns
+    0.1. Name the function that judges the answer, or a threshold that only right answers reach.
 
     Attributes:
-        function: Name of the reward function that decides; None: the whole reward does.
-        threshold: The reward that is needed; any number.
-        inclusive: Whether the threshold itself suffices.
+        function: Name of the reward function that decides; None: the whole reward decides.
+        threshold: The reward that is required; any number.
+        inclusive: Whether a reward equal to the threshold is enough.
 
     Example:
         >>> rule = CorrectRule.read("accuracy_reward")
@@ -54,7 +54,7 @@ class CorrectRule:
                 (``>=1.0``).
 
         Raises:
-            ValueError: If it is none of these.
+            ValueError: If the text is none of these.
         """
         found = _RULE.fullmatch(text) if isinstance(text, str) else None
         if found is not None:
@@ -70,7 +70,7 @@ class CorrectRule:
 
     @typechecked
     def __call__(self, rewards: Num[Tensor, " batch"], by_function: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-        """Which responses are right: 1, 0, and -1 where the reward that decides is NaN, because none was given.
+        """Which responses are right: 1, 0, or -1 where the reward that decides is NaN, because none was given.
 
         Args:
             rewards: The whole reward of each response.
@@ -86,7 +86,7 @@ class CorrectRule:
             near = get_close_matches(self.function, by_function, n=1)
             known = ", ".join(map(repr, by_function))
             raise ValueError(
-                f"{self.function!r}, which is to say what counts as right, is none of the reward functions"
+                f"{self.function!r}, which should decide what counts as right, is none of the reward functions"
                 + (f" {known}" if known else ": only the whole reward is known; pass a threshold on it: '>=1.0'")
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )

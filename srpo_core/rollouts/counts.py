@@ -1,4 +1,4 @@
-"""Scored rollouts -> one row of numbers per response, and counts of weights and of scores: all that a summary keeps."""
+"""Scored rollouts to one row of numbers per response, and counts of weights and scores: all that a summary keeps."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from srpo_core.roles import Role
 from srpo_core.rollouts.record import Rollout
 from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions
 
-# Weights are counted on a grid of equal ratios that holds 1, scores on a grid of equal steps of asinh that holds 0. A
-# quantile read off a grid lies between two values that are exact to 0.3 %, however many tokens there are.
+# Weights are counted on a grid of equal ratios that contains 1, scores on a grid of equal steps of asinh that contains
+# 0. A quantile that is read off a grid lies between two values that are exact to 0.3 %, however many tokens there are.
 _WEIGHT_STEPS, _WEIGHT_REACH = 128, 8  # steps to a factor of 2, and factors of 2 in each direction
 _SCORE_STEPS, _SCORE_REACH, _SCORE_UNIT = 200, 12, 1e-3
 #: The weights that are counted; others count as the nearest of them.
@@ -25,8 +25,8 @@ SCORE_GRID = _SCORE_UNIT * np.sinh(
 #: Stands for an unknown value in columns that otherwise hold 0 for no and 1 for yes.
 UNKNOWN = -1
 
-# What is known of an answer. The last two are folded when all files are read: rewards that are only 0 and 1 tell right
-# from wrong, others do not.
+# What is known about an answer. The last two are folded when all files have been read: rewards that are only 0 and 1
+# distinguish right answers from wrong ones, other rewards do not.
 WRONG, RIGHT, UNTOLD, REWARD_0, REWARD_1 = range(5)
 
 
@@ -35,23 +35,25 @@ class Counted(NamedTuple):
 
     Attributes:
         columns: Arrays with one entry per response.
-        weights: Tokens by role, answer (wrong, right, unknown, reward 0, reward 1) and weight.
-        scores: Tokens by role and score.
+        weights: Number of tokens by role, answer (wrong, right, unknown, reward 0, reward 1) and weight.
+        scores: Number of tokens by role and score.
+        changes: Number of tokens by role and by the nats that they lose in their second view.
         extremes: Least and greatest weight by role.
     """
 
     columns: dict[str, NDArray[Any]]
     weights: NDArray[np.int64]
     scores: NDArray[np.int64]
+    changes: NDArray[np.int64]
     extremes: NDArray[np.float64]
 
 
 def count(scored: Sequence[ScoredRollout], options: ScoringOptions) -> Counted:
-    """The numbers of scored rollouts. Sums are over what is known: what is not has no part in them, not even as a 0."""
+    """The numbers of scored rollouts. Sums are over what is known: an unknown value is not counted, not even as 0."""
     rollouts = [row.rollout for row in scored]
     score_clip = options.config.score_clip
     lengths = np.array([len(row.weights) for row in scored], dtype=np.int64)
-    # Where tokens are known to be none, as of padding, there is no response to be judged.
+    # A response that is known to have no tokens, such as padding, is not judged.
     is_response = np.array([len(row.weights) > 0 or not row.has_tokens for row in scored], dtype=bool)
     answers = np.where(is_response, [_answer(rollout, options) for rollout in rollouts], UNTOLD).astype(np.int64)
     # All tokens of all responses in a row, and which response each belongs to.
@@ -72,17 +74,21 @@ def count(scored: Sequence[ScoredRollout], options: ScoringOptions) -> Counted:
 
     noise, repeated = np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
     down, up, diverged = np.zeros_like(weights), np.zeros_like(weights), np.zeros(len(scored), dtype=bool)
+    lost, compared = np.zeros_like(weights), {role: np.zeros(len(scored), dtype=bool) for role in ROLE_NAMES}
     for row, (start, rollout) in enumerate(zip(lengths.cumsum() - lengths, rollouts, strict=True)):
         tokens = slice(start, start + lengths[row])
         if rollout.down_divergence is not None and rollout.up_divergence is not None:
-            diverged[row] = has_weights[row]  # without weights nothing says which tokens these are about
+            diverged[row] = has_weights[row]  # without weights it is not known which tokens these are about
             down[tokens], up[tokens] = rollout.down_divergence, rollout.up_divergence
         if rollout.old_log_probs is not None and rollout.repeated_log_probs is not None:
             repeated[row] = True
-            with np.errstate(invalid="ignore"):  # minus infinity in both passes: no noise
-                difference = np.nan_to_num(rollout.old_log_probs - rollout.repeated_log_probs, nan=0.0)
-            noise[tokens] = np.clip(difference, -score_clip, score_clip)
-    # The tokens that interference looks at.
+            noise[tokens] = _difference(rollout.old_log_probs, rollout.repeated_log_probs, score_clip)
+        for role, other in _second_views(rollout).items():
+            if rollout.old_log_probs is not None and other is not None:
+                compared[role][row] = True
+                of_role = roles[tokens] == int(role)
+                lost[tokens][of_role] = _difference(rollout.old_log_probs, other, score_clip)[of_role]
+    # The tokens that interference is about.
     emphasized = weighed & (roles == int(Role.PERCEPTION)) & (weights > 1.0)
 
     columns: dict[str, NDArray[Any]] = {
@@ -107,12 +113,13 @@ def count(scored: Sequence[ScoredRollout], options: ScoringOptions) -> Counted:
         "down_divergence": total(down, emphasized),
         "up_divergence": total(up, emphasized),
     }
-    weight_counts, score_counts, extremes = [], [], no_extremes()
+    weight_counts, score_counts, change_counts, extremes = [], [], [], no_extremes()
     for index, (role, name) in enumerate(ROLE_NAMES.items()):
         where = roles == int(role)
         of_role = where & weighed
         known = where & np.array([role in row.known_scores for row in scored], dtype=bool)[response]
-        of_weights, of_scores = weights[of_role], scores[known]
+        changed = where & compared[role][response]
+        of_weights = weights[of_role]
         columns |= {
             f"{name}/tokens": number(where),
             f"{name}/weighed": number(of_role),
@@ -122,17 +129,36 @@ def count(scored: Sequence[ScoredRollout], options: ScoringOptions) -> Counted:
             f"{name}/squared_scores": total(scores**2, known),
             f"{name}/clipped": total((np.abs(scores) >= score_clip).astype(np.float64), known),
             f"{name}/squared_noise": total(noise**2, where),
+            f"{name}/compared": number(changed),
+            f"{name}/lost": total(lost, changed),
         }
         columns[f"{name}/repeated"] = np.where(repeated, columns[f"{name}/tokens"], 0)
         with np.errstate(divide="ignore"):  # a weight of 0 is counted at the low end
             bins = _bins(np.log2(of_weights) * _WEIGHT_STEPS, len(WEIGHT_GRID))
         counted = np.bincount(answers[response[of_role]] * len(WEIGHT_GRID) + bins, minlength=5 * len(WEIGHT_GRID))
         weight_counts.append(counted.reshape(5, -1))
-        bins = _bins(np.arcsinh(of_scores / _SCORE_UNIT) * _SCORE_STEPS, len(SCORE_GRID))
-        score_counts.append(np.bincount(bins, minlength=len(SCORE_GRID)))
+        score_counts.append(_on_score_grid(scores[known]))
+        change_counts.append(_on_score_grid(lost[changed]))
         if len(of_weights):
             extremes[index] = of_weights.min(), of_weights.max()
-    return Counted(columns, np.stack(weight_counts), np.stack(score_counts), extremes)
+    tokens = [np.stack(each) for each in (weight_counts, score_counts, change_counts)]
+    return Counted(columns, tokens[0], tokens[1], tokens[2], extremes)
+
+
+def _second_views(rollout: Rollout) -> dict[Role, NDArray[np.float32] | None]:
+    """The log-probs of the second view of each role. Where no other perception was found, none was replaced."""
+    replaced = None if rollout.swapped is False else rollout.counterfactual_log_probs
+    return {Role.PERCEPTION: rollout.corrupted_log_probs, Role.REASONING: replaced}
+
+
+def _difference(one: NDArray[np.float32], other: NDArray[np.float32], clip: float) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # minus infinity in both passes: no difference
+        return np.clip(np.nan_to_num(one.astype(np.float64) - other, nan=0.0), -clip, clip)
+
+
+def _on_score_grid(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    bins = _bins(np.arcsinh(values / _SCORE_UNIT) * _SCORE_STEPS, len(SCORE_GRID))
+    return np.bincount(bins, minlength=len(SCORE_GRID))
 
 
 def right_of(rollout: Rollout, options: ScoringOptions) -> bool | None:
@@ -150,17 +176,17 @@ def _answer(rollout: Rollout, options: ScoringOptions) -> int:
 
 
 def _has_only_reward(rollout: Rollout, options: ScoringOptions) -> bool:
-    """Whether nothing but the reward may tell. A trainer that has a rule, and still does not say, does not know."""
+    """Whether only the reward can decide. Where a trainer has a rule but gave no verdict, nothing decides."""
     told = options.right is not None or rollout.correct is not None or rollout.correct_by is not None
     return rollout.reward is not None and not told
 
 
 def fold(counted: Counted) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
-    """What is right, when all responses are counted: where no rule tells, rewards that are all 0 or 1 do.
+    """Which answers are right, once all responses are counted: without a rule, rewards decide if they are all 0 or 1.
 
     Returns:
-        For each response 0, 1 or `UNKNOWN`; the tokens by role, answer (wrong, right, unknown) and weight; and whether
-        rewards told.
+        For each response 0, 1 or `UNKNOWN`; the number of tokens by role, answer (wrong, right, unknown) and weight;
+        and whether the rewards decided.
     """
     columns, weights = counted.columns, counted.weights
     rewards = columns["reward"][columns["only_reward"]]

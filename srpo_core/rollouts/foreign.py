@@ -1,4 +1,4 @@
-"""Completion logs of other tools: what their columns mean. A record is the values of one response, by column."""
+"""Completion logs of other tools: what their columns mean. A record holds the values of one response by column."""
 
 import json
 import math
@@ -25,15 +25,15 @@ _ADVANTAGES = ("advantage", "advantages")
 
 @dataclass(kw_only=True)
 class Logged:
-    """One response as a log has it; None where it has not.
+    """One response as a log holds it; None for what the log does not hold.
 
     Attributes:
         text: The response.
         prompt: The question, as text.
-        whole_prompt: Whether `prompt` is all that the model read before the response, to the last character.
+        whole_prompt: Whether `prompt` is exactly what the model read before the response.
         step: Training step.
-        rewards: By reward function, or by whatever may be one; NaN where a function gave none.
-        summed: Whether the whole reward is a sum of `rewards`; else the tool logs it.
+        rewards: Numbers by the column that may be a reward function; NaN where a function gave no reward.
+        summed: Whether the whole reward is a sum of `rewards`; else the tool logs the whole reward.
         total: The whole reward, where the tool logs it.
         advantage: As the trainer computed it.
         reference: The right answer.
@@ -61,10 +61,10 @@ class Logged:
 
 
 def tool_of(path: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
-    """Whose log a file is, by the columns of a record: a key of `TOOLS`, or `ROLLOUTS`.
+    """The tool that wrote a log, by the columns of a record: a key of `TOOLS`, or `ROLLOUTS`.
 
     Raises:
-        UnreadableLog: If they do not tell, or the file holds rollouts already.
+        UnreadableLog: If the columns do not show it, or the file holds rollouts already.
     """
     tool = other_tool(record)
     if tool is not None:
@@ -75,7 +75,8 @@ def tool_of(path: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
             raise UnreadableLog("this holds rollouts already: srpo report reads it", path=path)
         return ROLLOUTS
     raise UnreadableLog(
-        f"its columns do not tell whose log this is ({columns}); name the tool with --from {'|'.join(TOOLS)}", path=path
+        f"the columns ({columns}) do not show which tool wrote this log; name the tool with --from {'|'.join(TOOLS)}",
+        path=path,
     )
 
 
@@ -87,7 +88,7 @@ def logged(tool: str, record: Mapping[str, Any]) -> Logged:
         record: Its values by column.
 
     Raises:
-        ValueError: If a column is missing or holds something else than expected.
+        ValueError: If a column is missing or holds something unexpected.
 
     Example:
         >>> logged("verl", {"input": "how many?", "output": "3", "gts": "3", "score": 1.0, "step": 7}).total
@@ -269,9 +270,9 @@ def _number(rest: dict[str, Any], name: str) -> float | None:
 
 
 def _number_in(name: str, value: Any, *, written: bool) -> float | None:
-    """The number that a value is, NaN if it is null; None where it is something else.
+    """The value as a number, NaN if it is null; None if it is something else.
 
-    With `written` strings and booleans count, too: verl writes NumPy's numbers as strings.
+    With `written` strings and booleans also count, because verl writes NumPy's numbers as strings.
     """
     if value is None:
         return math.nan
@@ -288,7 +289,7 @@ def _number_in(name: str, value: Any, *, written: bool) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON holds it: no NaN, no bytes; None where nothing remains."""
+    """A value as JSON can hold it, without NaN and bytes; None if nothing remains."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, (bytes, bytearray)):

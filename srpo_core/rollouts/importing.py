@@ -1,4 +1,4 @@
-"""Completion logs of other tools -> a rollout file."""
+"""Completion logs of other tools to a rollout file."""
 
 import hashlib
 import json
@@ -36,17 +36,17 @@ class Imported:
         responses: Responses that were written.
         steps: Responses by step.
         groups: Responses by group.
-        found: Responses by what is known of them: ``reward``, ``advantage``, ``reference``, ``image``, ``prompt``, or
+        found: Number of responses that have a ``reward``, ``advantage``, ``reference``, ``image``, ``prompt``, or
             ``open_at_start``.
         functions: Weights of the reward functions that the rewards are sums of; empty where the tool logs the sum.
-        named: Every column of numbers that ``right`` and ``rewards`` may name.
-        right: Responses by whether they are right: True, False, or None where that is not known.
-        correct_by: The rule that says so; None: there is none.
-        repeated: Responses that the tool had written before, in the same order.
-        left_out: Those of them that were left out.
-        dropped: Responses by what of them was left out.
-        contradicted: Groups in which a higher reward has a lower advantage.
-        compared: Groups of at least two responses whose rewards and advantages are known.
+        named: The columns of numbers that ``right`` and ``rewards`` may name.
+        right: Number of responses that are right (True), wrong (False), or not judged (None).
+        correct_by: The rule by which they are judged; None: there is no rule.
+        repeated: Number of responses that the tool had written before, in the same order.
+        left_out: How many of the repeated responses were left out.
+        dropped: Number of responses by what was left out of them.
+        contradicted: Number of groups in which a higher reward has a lower advantage.
+        compared: Number of groups of at least two responses whose rewards and advantages are known.
         errors: The first malformed lines.
         malformed: How many lines are malformed.
     """
@@ -88,14 +88,15 @@ def import_logs(
 
     Args:
         paths: Log files, or folders of them.
-        output: The rollout file. It appears when all is read.
-        tool: Whose logs they are: ``"trl"``, ``"verl"``, ``"swift"`` or ``"openrlhf"``. None: the columns tell.
+        output: The rollout file. It appears when everything has been read.
+        tool: The tool that wrote the logs: ``"trl"``, ``"verl"``, ``"swift"`` or ``"openrlhf"``. None: the one that the
+            columns show.
         rewards: Weight of each reward function in the whole reward, by name. None: as the tool logs the whole reward,
             or, where it does not, all functions with weight 1.
-        right: Which responses are right; None: that is not known.
-        tags: Of the responses.
-        group_size: Responses to a prompt; needed where prompts of different images have the same text. None: all with
-            equal prompts are one group.
+        right: Which responses are right; None: this is not known.
+        tags: The tags of the responses.
+        group_size: Number of responses to each prompt; needed if prompts with different images have the same text.
+            None: all responses to equal prompts are one group.
         drop_repeated: Whether to leave out a table that begins with all rows of the one before, at another step: TRL
             and ms-swift write their last responses again at steps that generate none. Rows that are equal to the step
             are always left out: a table of Weights & Biases holds all rows so far.

@@ -1,4 +1,4 @@
-"""A file that lines are appended to: each batch of them whole or not at all, and a crashed run goes on with it."""
+"""A file to which lines are appended, each batch of them whole or not at all, so that a crashed run can resume it."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,9 @@ _BLOCK_BYTES = 2**16  # of one read, when the end of a file is read backward
 
 
 class LineFile:
-    """Lines, appended without a buffer: what a full disk refused must not be written later, into another line.
+    """A file to which lines are appended without a buffer.
+
+    With a buffer, what a full disk refused would be written later, into another line.
 
     Args:
         path: The file; missing folders are made.

@@ -1,4 +1,4 @@
-"""JSON as files hold it: byte-order marks, NaN, nulls, and files that are no rollout files at all."""
+"""JSON as files hold it: byte-order marks, NaN, nulls, and files that are no rollout files."""
 
 import importlib
 import json
@@ -37,7 +37,7 @@ class _Constant(float):
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing."""
+    """Whether a line is empty or holds only white space."""
     return not line.removeprefix(_MARK).strip()
 
 
@@ -83,10 +83,10 @@ def load_lenient(line: bytes | str) -> Any:
 
 
 def load_strictly(line: bytes | str, load: Callable[[bytes | str], Any]) -> Any:
-    """The value of a JSON text. Whatever `load` refuses is looked at again, so that all loaders agree.
+    """The value of a JSON text. What `load` refuses is parsed a second time, so that all loaders agree.
 
     Raises:
-        NotJSON: If it is none; a NaN or an Infinity is named with the field that it is in.
+        NotJSON: If the text is not JSON. A NaN or an Infinity is named with its field.
     """
     mark: Any = _MARK if isinstance(line, bytes) else "\ufeff"
     try:
@@ -131,9 +131,9 @@ def is_columnar(record: Mapping[str, Any]) -> bool:
 
 
 def not_a_rollout_file(path: str | os.PathLike[str]) -> str | None:
-    """What a file is instead, and what to do with it; None where its beginning may be that of a rollout file.
+    """What a file is instead of a rollout file, and what to do with it; None if it may be a rollout file.
 
-    It speaks of the whole file: without this every line of it would be named as malformed.
+    One sentence is about the whole file. Otherwise each of its lines would be named as malformed.
     """
     with open(path, "rb") as file:
         beginning = file.read(4)

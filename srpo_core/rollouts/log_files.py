@@ -1,4 +1,4 @@
-"""The files of completion logs, of whatever format -> tables of records."""
+"""The files of completion logs in any format, as tables of records."""
 
 import gzip
 import importlib
@@ -20,17 +20,17 @@ _ROWS = 1024  # of a file of single records that are read together
 
 
 class UnreadableLog(RolloutError):
-    """A file as a whole cannot be imported; no line of it can."""
+    """A file that cannot be imported as a whole."""
 
 
 class Table(NamedTuple):
     """Records that are read together.
 
     Attributes:
-        records: One for each response, with the number of the line it stands on (of a table: of the row). Of a line
-            that is no record, what is wrong with it.
-        done: Bytes of the file that have been read.
-        whole: Whether they were also written together, as a file that is one table, or a line that is one.
+        records: One for each response, with the number of its line, or of its row in a table. For a line that is not a
+            record, a sentence that says what is wrong with it.
+        done: Number of bytes of the file that have been read.
+        whole: Whether they were also written together: the file, or the line, is one table.
     """
 
     records: list[tuple[int, dict[str, Any] | str]]
@@ -39,10 +39,10 @@ class Table(NamedTuple):
 
 
 def log_files(paths: list[Path]) -> list[Path]:
-    """The files, and of folders the logs in them in the order of the numbers in their names.
+    """The files, and the logs in the folders in the order of the numbers in their names.
 
     Raises:
-        UnreadableLog: If a folder holds none.
+        UnreadableLog: If a folder holds no log.
     """
     files: list[Path] = []
     for path in paths:
@@ -62,7 +62,7 @@ def _parts(path: Path) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str]) -> Iterator[Table]:
-    """The tables of a file: Parquet, JSON Lines, one JSON value, also compressed with gzip or in UTF-16.
+    """The tables of a file, which may be Parquet, JSON Lines or one JSON value, compressed with gzip or in UTF-16.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Any image that a trainer may have -> a PNG file, or the path of the file that it is."""
+"""Any image that a trainer may have, as a PNG file or as the path of its file."""
 
 import base64
 import binascii
@@ -24,21 +24,21 @@ _SCALE_255 = 16.0  # floats above it are not in [0, 1], however they were resize
 
 
 class Picture(NamedTuple):
-    """An image that is no file yet: a name made from its content, and how it becomes a PNG file."""
+    """An image that is not a file yet: a name made from its content, and a function that encodes it as PNG."""
 
     name: str
     encode: Callable[[], bytes]
 
 
 def picture(image: Any) -> str | Picture | None:
-    """The path of an image, or the image where it has none; None where there is no image.
+    """The path of an image, or the image itself if it has no path; None if there is no image.
 
     Args:
-        image: A path or an address; an image of Pillow; an array or a tensor; encoded bytes; or what a data set holds
-            of it, such as ``{"bytes": ..., "path": ...}``.
+        image: A path or an address; an image of Pillow; an array or a tensor; encoded bytes; or the record of an image
+            in a data set, such as ``{"bytes": ..., "path": ...}``.
 
     Raises:
-        Unwritable: If it is none of these, or has no pixels.
+        Unwritable: If the image is none of these, or has no pixels.
     """
     if image is None or (isinstance(image, str) and not image):
         return None
@@ -116,7 +116,7 @@ def _of_array(pixels: NDArray[Any], *, channels_first: bool) -> Picture:
 
 
 def _bytes(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Any numbers as bytes: floats are in [0, 1] or up to 255, whole numbers are bytes or pairs of these."""
+    """Any numbers as bytes: floats are in [0, 1] or up to 255, whole numbers have one or two bytes."""
     if pixels.dtype == np.uint8:
         return pixels
     kind = pixels.dtype.kind

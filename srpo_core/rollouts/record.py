@@ -151,11 +151,12 @@ def read_rollouts(
 
     Args:
         path: The file.
-        on_error: Called with the error of each malformed line, which is then left out. None: the first one raises.
+        on_error: Called with the error of each malformed line, which is then left out. None: the first malformed line
+            raises its error.
 
     Raises:
-        RolloutError: If a line is malformed and there is no `on_error`; it has the line's number and the reason. Also
-            if the whole file is something else, such as the log of another tool.
+        RolloutError: If a line is malformed and there is no `on_error`; it holds the number of the line and the reason.
+            Also if the file as a whole is something else, such as the log of another tool.
         OSError: If the file cannot be read.
 
     Example:
@@ -185,7 +186,7 @@ def read_rollouts(
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise a :class:`RolloutError` that names what a file is, if its beginning shows that it holds no rollouts."""
+    """Raise a :class:`RolloutError` that says what a file is, if its beginning shows that it holds no rollouts."""
     if (instead := not_a_rollout_file(path)) is not None:
         raise RolloutError(f"this is {instead}", path=path)
 
@@ -193,8 +194,8 @@ def check_file(path: str | os.PathLike[str]) -> None:
 def parse_rollout(line: bytes | str) -> Rollout:
     """The rollout of one line.
 
-    The line must satisfy the JSON Schema at :data:`SCHEMA_PATH`. In addition all arrays must have one entry per token,
-    and offsets must lie within the text. A field that is null is not recorded.
+    The line must satisfy the JSON Schema at :data:`SCHEMA_PATH`. In addition, all arrays must have one entry per token,
+    and offsets must lie within the text. A field that is null counts as not recorded.
 
     Raises:
         RolloutError: If the line is not a rollout, with the reason.

@@ -1,7 +1,8 @@
-"""The options of an adapter that only record: the file of a run, and which of its answers count as right."""
+"""The options of an adapter that only record: the file of a run, which answers count as right, and what is logged."""
 
 from dataclasses import dataclass
 
+from srpo_core.batch import MetricSet
 from srpo_core.checked import CheckedOptions, OptionError, option
 from srpo_core.rollouts.correct import CorrectRule
 
@@ -23,6 +24,11 @@ class RecordingOptions(CheckedOptions):
         "above 0; a name with a threshold, `accuracy_reward>=0.5`; or a threshold on the whole reward, `>=1`. None: "
         "not known.",
     )
+    metrics: MetricSet = option(
+        "main",
+        "Which metrics are logged under `srpo/`: `main`, about ten that are worth a look in every run, or `all`.",
+    )
+    summary: bool = option(True, "Whether what a step did is also printed in words, in one line.")
 
     @property
     def correct_rule(self) -> CorrectRule | None:

@@ -1,4 +1,4 @@
-"""Other tags for rollouts: their roles are then read from the text anew."""
+"""Other tags for rollouts, whose roles are then read from the text again."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["Retag", "tags_as_json"]
 
 @dataclass(frozen=True)
 class Retag:
-    """Which tags to read a rollout with, instead of those it was recorded with.
+    """The tags with which a rollout is read, instead of the recorded ones.
 
-    What the trainer found with its own tags (roles, the reason to be broken, scores, which depend on roles) is then not
-    used; log-probs, weights and rewards are.
+    What the trainer found with its own tags is then not used: the roles, the reason why a response is malformed, and
+    the scores, which depend on the roles. Log-probs, weights and rewards are used.
 
     Attributes:
         tags: All tags; None: those of the rollout.
@@ -33,10 +33,10 @@ class Retag:
         return self.tags is not None or bool(self.changed)
 
     def of(self, tags: RoleTags) -> RoleTags:
-        """The tags to use instead of these.
+        """The tags that replace the given ones.
 
         Raises:
-            RolloutError: If the changed ones do not go with the others, because one tag would mean two things.
+            RolloutError: If the changed tags contradict the others, because one tag would mean two things.
         """
         tags = tags if self.tags is None else self.tags
         try:
@@ -49,13 +49,13 @@ class Retag:
         return "; ".join(f"{kind} = {' ... '.join(filter(None, pair))}" for kind, pair in pairs.items() if pair)
 
     def __call__(self, rollout: Rollout) -> Rollout:
-        """The rollout with these tags; itself where nothing changes."""
+        """The rollout with these tags; the same object if nothing changes."""
         if not self or (tags := self.of(rollout.tags)) == rollout.tags:
             return rollout
         return replace(rollout, tags=tags, roles=None, broken=None, scores=None)
 
 
 def tags_as_json(tags: RoleTags) -> dict[str, Any]:
-    """Tags as a line of a rollout file has them: a heading has no closing tag."""
+    """Tags as a line of a rollout file holds them: a heading has no closing tag."""
     pairs: dict[str, Any] = {"answer": None} | {kind: [tag for tag in pair if tag] for kind, pair in tags.pairs.items()}
     return pairs | ({"nested": True} if getattr(tags, "nested", False) else {})

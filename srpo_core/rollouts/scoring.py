@@ -1,4 +1,4 @@
-"""Recorded rollouts -> what each of their tokens is worth, by the same functions that training uses."""
+"""Recorded rollouts to scores and weights of their tokens, by the same functions that training uses."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -25,14 +25,14 @@ __all__ = ["ScoredRollout", "ScoringOptions", "score_rollouts"]
 _WINDOW = 256  # rollouts that are sorted by length together
 _BATCH_TOKENS = 2**17  # of one call of the core: arrays of this size stay in the cache
 
-#: Of the options of which a rollout file cannot serve every value, those that it can. A divergence needs the full
-#: distributions, and a moving average the order of training.
+#: The values that a rollout file can serve, of options of which it cannot serve every value. A divergence needs the
+#: full distributions, and a moving average needs the order of training.
 SERVED: dict[str, tuple[str, ...]] = {
     "visual_score": get_args(ContrastKind),
     "consistency_score": get_args(ContrastKind),
     "scale": ("fixed", "batch_rms"),
 }
-#: Options that are not read here, because they refer to what a file does not hold.
+#: Options that are not read here, because a file does not hold what they refer to.
 UNREAD = ("reliance_mode", "scale_decay", "mix_warmup_steps")
 
 
@@ -44,8 +44,8 @@ class ScoringOptions:
         config: How scores and weights are made, as in training, with the full `mix` at every step.
         answer_role: What answer tokens count as, where the roles are read from the text.
         recompute: Whether scores and weights are computed even where the trainer's own are recorded.
-        right: Which responses count as right, by their reward, whatever is recorded. None: as recorded.
-        tags: Which tags to read responses with instead of the recorded ones; see :class:`Retag`.
+        right: Which responses count as right, by their reward. It replaces what is recorded. None: as recorded.
+        tags: The tags with which responses are read instead of the recorded ones; see :class:`Retag`.
 
     Raises:
         ValueError: If `answer_role` is unknown, `right` names a reward function, whose rewards are in no file, or the
@@ -74,17 +74,17 @@ class ScoringOptions:
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout, and what each of its tokens is worth.
+    """A rollout with the roles, scores and weights of its tokens.
 
     Attributes:
-        rollout: As recorded.
+        rollout: The recorded response.
         roles: :class:`~srpo_core.Role` of each token; all ``OTHER`` where the response is broken.
         broken: Why the response is malformed.
         scores: Visual dependency of perception tokens and perception consistency of reasoning tokens, nats.
         weights: As recorded, or computed.
         has_weights: Whether the weights are known: recorded, or computed from a contrast. Else `weights` are 1.
-        known_scores: Roles whose scores are known: recorded, or with the log-probs of their second pass. Those of the
-            other role are 0 in `scores`.
+        known_scores: The roles whose scores are known, because scores or the log-probs of the second view are recorded.
+            The scores of the other role are 0 in `scores`.
     """
 
     rollout: Rollout
@@ -109,13 +109,13 @@ class ScoredRollout(NamedTuple):
 def score_rollouts(rollouts: Iterable[Rollout], options: ScoringOptions | None = None) -> Iterator[ScoredRollout]:
     """Rollouts with roles, scores and weights, in their order, a few at a time.
 
-    Recorded roles, scores and weights are used where there are any. Otherwise roles come from the text, scores from
-    the log-probs and weights from the scores. With ``recompute`` scores come from the log-probs wherever these are
-    recorded, and weights always from the scores. What is not known (the scores of a rollout with neither log-probs nor
-    scores) is told by `has_weights` and `known_scores`: it has no part in any figure.
+    Recorded roles, scores and weights are used where there are any. Otherwise roles come from the text, scores come
+    from the log-probs, and weights come from the scores. With ``recompute`` scores come from the log-probs wherever
+    these are recorded, and weights always come from the scores. `has_weights` and `known_scores` say what is not known,
+    such as the scores of a rollout with neither log-probs nor scores; it is part of no figure.
 
     Args:
-        rollouts: As read.
+        rollouts: From :func:`~srpo_core.rollouts.read_rollouts`.
         options: How log-probs become weights; None for the defaults.
 
     Raises:

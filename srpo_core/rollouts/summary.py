@@ -1,10 +1,11 @@
-"""Rollout files -> statistics, read a piece at a time and small enough to keep, whatever the size of the files.
+"""Rollout files to statistics, which are read a piece at a time and stay small, whatever the size of the files.
 
 The metrics have the names of :func:`~srpo_core.diagnostics.credit_diagnostics`.
 """
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Summary:
-    """What is kept of rollouts: one row of numbers per response, and counts of weights and of scores.
+    """What is kept of rollouts: one row of numbers per response, and counts of weights and scores.
 
     Attributes:
         options: How scores and weights were made.
@@ -51,9 +52,11 @@ class Summary:
         columns: Arrays with one entry per response.
         groups: Which prompt each response answers; None where that is not recorded.
         places: Where each response was read.
-        weight_counts: Tokens by role, answer (wrong, right, unknown) and weight, where weights are known.
-        score_counts: Tokens by role and score, where scores are known.
+        weight_counts: Number of tokens by role, answer (wrong, right, unknown) and weight, where weights are known.
+        score_counts: Number of tokens by role and score, where scores are known.
+        change_counts: Number of tokens by role and by the nats that they lose in their second view, where known.
         extremes: Least and greatest weight by role.
+        formats: Number of responses by the tags that they were read with, in the notation of ``RoleTags.grammar``.
         correct_by: The rules by which answers were recorded as right or wrong; ``""`` where the rule was not recorded.
         rewards_tell: Whether answers count as right by their reward, because no rule is known and rewards are 0 or 1.
         errors: The first malformed lines.
@@ -68,7 +71,9 @@ class Summary:
     places: list[Place] = field(default_factory=list)
     weight_counts: NDArray[np.int64] = field(default_factory=counts.no_weights)
     score_counts: NDArray[np.int64] = field(default_factory=counts.no_scores)
+    change_counts: NDArray[np.int64] = field(default_factory=counts.no_scores)
     extremes: NDArray[np.float64] = field(default_factory=counts.no_extremes)
+    formats: Counter[str] = field(default_factory=Counter)
     correct_by: set[str] = field(default_factory=set)
     rewards_tell: bool = False
     errors: list[RolloutError] = field(default_factory=list)
@@ -81,7 +86,7 @@ class Summary:
 
     @classmethod
     def of(cls, scored: Sequence[ScoredRollout], options: ScoringOptions) -> Self:
-        """The summary of a few scored rollouts, before the last one has told what is right: see :meth:`settled`."""
+        """The summary of a few scored rollouts. Which answers are right is only known after :meth:`settled`."""
         counted = counts.count(scored, options)
         rollouts = [row.rollout for row in scored]
         steps = [UNKNOWN if rollout.step is None else rollout.step for rollout in rollouts]
@@ -95,7 +100,9 @@ class Summary:
             groups=groups,
             weight_counts=counted.weights,
             score_counts=counted.scores,
+            change_counts=counted.changes,
             extremes=counted.extremes,
+            formats=Counter({tags.grammar: number for tags, number in Counter(r.tags for r in rollouts).items()}),
             correct_by={rollout.correct_by or "" for rollout in rollouts if rollout.correct is not None},
         )
 
@@ -108,8 +115,10 @@ class Summary:
             joined.places += [place._replace(line=place.line + joined.lines) for place in part.places]
             joined.weight_counts += part.weight_counts
             joined.score_counts += part.score_counts
+            joined.change_counts += part.change_counts
             joined.extremes[:, 0] = np.minimum(joined.extremes[:, 0], part.extremes[:, 0])
             joined.extremes[:, 1] = np.maximum(joined.extremes[:, 1], part.extremes[:, 1])
+            joined.formats += part.formats
             joined.correct_by |= part.correct_by
             for error in part.errors[: _KEPT_ERRORS - len(joined.errors)]:
                 line = None if error.line is None else error.line + joined.lines
@@ -121,8 +130,8 @@ class Summary:
         return joined
 
     def settled(self) -> Self:
-        """The same when all parts are joined: only then is it known whether rewards tell what is right."""
-        counted = counts.Counted(self.columns, self.weight_counts, self.score_counts, self.extremes)
+        """The summary of all joined parts, which alone show whether the rewards say which answers are right."""
+        counted = counts.Counted(self.columns, self.weight_counts, self.score_counts, self.change_counts, self.extremes)
         right, weight_counts, told = counts.fold(counted)
         columns = self.columns | {"right": right}
         return replace(self, columns=columns, weight_counts=weight_counts, rewards_tell=told)
@@ -161,11 +170,11 @@ class Summary:
     def metrics(self) -> dict[str, float]:
         """The metrics of :func:`~srpo_core.diagnostics.credit_diagnostics`, under its names.
 
-        Each is over the responses, or the tokens, of which the files say what it needs; where there are none it is
-        absent. Quantiles, and the shares of scores above the noise, are exact to 0.3 % of the value. ``interference``
-        is :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences and weights, with
-        the weights as recorded: with recomputed weights it is left out, because the two steps divided the tokens by the
-        old ones.
+        Each metric is over the responses, or the tokens, for which the files hold what it needs; without any, the
+        metric is absent. Quantiles, and the shares of scores above the noise, are exact to 0.3 % of the value.
+        ``interference`` is :func:`~srpo_core.diagnostics.interference` over the responses that have both divergences
+        and weights, with the recorded weights. With recomputed weights it is absent, because the two gradient steps
+        divided the tokens by the recorded weights.
         """
         columns = self.columns
         metrics: dict[str, float | None] = {}
@@ -200,7 +209,7 @@ class Summary:
         return {name: value for name, value in metrics.items() if value is not None}
 
     def _role_metrics(self, index: int, name: str) -> dict[str, float | None]:
-        """The metrics of the tokens of one role; None where nothing is known."""
+        """The metrics of the tokens of one role; None where a metric is not known."""
         columns = self.columns
         scored, weighed = columns[f"{name}/scored"].sum(), columns[f"{name}/weighed"].sum()
         weight = columns[f"{name}/weights"].sum()
@@ -233,8 +242,8 @@ class Summary:
     def sample(self, size: int, *, per_kind: int = 8, seed: int = 0) -> NDArray[np.int64]:
         """The responses to show: `per_kind` of each kind, drawn at random, then others at random, up to `size`.
 
-        A kind is a reason to be broken, or one of the combinations of right and wrong answer and perception. The most
-        wanted come first: a shorter sample is the beginning of a longer one.
+        A kind is a reason why responses are malformed, or a combination of right and wrong answer and perception. The
+        first of each kind come first, so that a shorter sample is the beginning of a longer one.
         """
         draw = np.random.default_rng(seed).permutation(len(self))
         if len(draw) <= size:
@@ -258,11 +267,11 @@ def _mean(values: NDArray[Any]) -> float | None:
 
 
 def summarize_rollouts(scored: Iterable[ScoredRollout], options: ScoringOptions | None = None) -> Summary:
-    """The summary of scored rollouts, which may be an iterator: they are not kept.
+    """The summary of scored rollouts, which may be an iterator, because they are not kept.
 
     Args:
         scored: From :func:`~srpo_core.rollouts.score_rollouts`.
-        options: Those that they were scored with; None for the defaults.
+        options: The options with which they were scored; None for the defaults.
 
     Example:
         >>> from srpo_core.rollouts import parse_rollout, score_rollouts
@@ -290,25 +299,26 @@ def summarize_files(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """The summary of rollout files of any size, read once, a piece at a time.
+    """The summary of rollout files of any size, which are read once, a piece at a time.
 
     With ``scale="batch_rms"`` the files are read twice, and all of them together are the batch.
 
     Args:
         paths: The files.
         options: How log-probs become weights; None for the defaults.
-        strict: Whether the first malformed line raises; else malformed lines are left out and kept as ``errors``.
+        strict: Whether the first malformed line raises an error; else malformed lines are left out and kept as
+            ``errors``.
         workers: Number of processes that read; only large files use more than one. The processes are spawned, so a
             script that asks for them needs ``if __name__ == "__main__"``.
-        progress: Called with the number of bytes that are done and the number of all.
+        progress: Called with the number of bytes that have been read and the number of all bytes.
 
     Raises:
-        RolloutError: At the first malformed line, if `strict`; if a whole file is something else, always.
+        RolloutError: At the first malformed line, if `strict`; also if a file as a whole is no rollout file.
         OSError: If a file cannot be read.
     """
     options = options or ScoringOptions()
     if options.config.scale == "batch_rms":
-        # Scores do not depend on the scale: the first reading measures it, the second one uses it.
+        # Scores do not depend on the scale: the first pass over the files measures it, the second one uses it.
         fixed = replace(options, config=replace(options.config, scale="fixed"))
         measured = summarize_files(paths, fixed, strict=strict, workers=workers, progress=progress)
         options = replace(options, config=replace(fixed.config, **_measured_scales(measured)))
@@ -331,7 +341,7 @@ def summarize_files(
         progress(done, size)
     joined = [Summary.joined(parts, options) for parts in by_file]
     for part in joined:
-        part.lines = 0  # line numbers begin anew in each file
+        part.lines = 0  # line numbers start again in each file
     summary = Summary.joined(joined, options)
     summary.files = files
     return summary.settled()
@@ -364,7 +374,7 @@ def _run(tasks: Sequence[tuple[Any, ...]], size: int, workers: int) -> Iterator[
     if workers <= 1 or size < _PARALLEL_BYTES:
         yield from map(_summarize_piece, tasks)
         return
-    # Forking a process in which torch has run threads may hang.
+    # To fork a process in which torch has run threads may hang.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -410,11 +420,11 @@ def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> S
 
 
 def load(summary: Summary, rows: Iterable[int]) -> Iterator[ScoredRollout]:
-    """Some of the responses of summarized files, read again from the files.
+    """Some of the responses of summarized files, which are read again from the files.
 
     Args:
         summary: From :func:`summarize_files`.
-        rows: Which responses.
+        rows: The indices of the responses.
     """
 
     def rollouts() -> Iterator[Rollout]:

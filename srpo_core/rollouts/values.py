@@ -1,7 +1,7 @@
-"""What a trainer has -> what a line of a rollout file can hold, one value at a time.
+"""The values of a trainer, turned one at a time into what a line of a rollout file can hold.
 
-Each function raises :class:`Unwritable` where there is no such thing. Its reason says what kind of value that is, not
-which: it is counted, and each kind is warned of once.
+Each function raises :class:`Unwritable` where this is not possible. Its reason describes the kind of value and not the
+value itself, because reasons are counted and each kind is warned of once.
 """
 
 import json
@@ -27,7 +27,7 @@ class Unwritable(Exception):
     """A value that a line cannot hold.
 
     Attributes:
-        reason: Of which kind it is.
+        reason: The kind of value.
     """
 
     def __init__(self, reason: str) -> None:
@@ -36,7 +36,7 @@ class Unwritable(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Of which kind an error is, in a few words that do not depend on the value."""
+    """The kind of an error, in a few words that do not depend on the value."""
     if isinstance(error, Unwritable):
         return error.reason
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
@@ -99,7 +99,7 @@ def reason_name(value: Any) -> str:
 
 
 def is_donor(value: Any) -> bool:
-    """Whether the index of a donor is one; -1 is none."""
+    """Whether an index is that of a donor; -1 is not."""
     return number(value) >= 0
 
 
@@ -129,7 +129,7 @@ def kind_of_block(value: Any) -> str:
 
 
 def extra(value: Any) -> tuple[dict[str, Any], list[Unwritable]]:
-    """What a line can hold of an object, and why the rest is left out."""
+    """The part of an object that a line can hold, and the reasons why the rest is left out."""
     if not isinstance(value, Mapping):
         raise Unwritable(f"a {type(value).__name__}, not a mapping")
     kept: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Rollouts to a file: what any trainer has of a batch becomes one line per response, and never stops the training."""
+"""Rollouts to a file: the batches of any trainer become one line per response. Writing never stops the training."""
 
 import json
 import logging
@@ -38,25 +38,25 @@ class _Misuse(ValueError):
 class RolloutWriter:
     """Writes rollouts to a file, a batch at a time, for any trainer.
 
-    Each call of :meth:`write` appends whole lines. A run that is killed leaves at most its last line torn, and a run
-    that goes on with `resume_at` removes it.
+    Each call of :meth:`write` appends whole lines. If a run is killed, at most its last line is torn, and a run that is
+    resumed with `resume_at` removes that line.
 
-    What only records must not stop training. A call that is wrong in itself (sizes that disagree, no tokenizer) raises
-    when the first batch is written. From then on, and from the start for whatever depends on the data (NaN, an image
-    that cannot be read, a full disk), nothing raises: what cannot be written is absent from its line, is counted in
-    `left_out`, and the first of each kind is warned of.
+    Recording must not stop the training. A call that is wrong whatever the data are (sizes that disagree, no tokenizer)
+    raises an error when the first batch is written. After that nothing raises an error, and faults of the data (NaN, an
+    image that cannot be read, a full disk) never do: what cannot be written is left out of its line and counted in
+    `left_out`, and there is one warning for each kind.
 
     Args:
         path: The file; missing folders are made. One process writes one file: give each rank its own.
         tokenizer: Turns token ids into texts; anything with ``decode(list_of_ids) -> str``. None: pass texts.
         tags: Opening and closing tags; written where they differ from the default ones.
-        eos_token_id: Id or ids that end a response; None for those that the tokenizer tells.
-        resume_at: None starts a new file: what the file held is lost. A resumed run passes the step that it will write
-            first: lines at the end of the file that belong to this step or a later one are removed, because the run
-            writes them again, and so is a torn last line. Everything before stays, as do lines without a step. The file
-            is read backward from its end, so that resuming costs no more than what it removes.
-        correct_by: The rule by which `correct` is told, such as ``str`` of a
-            :class:`~srpo_core.rollouts.CorrectRule`; written beside it, so that the report can name it.
+        eos_token_id: Id or ids that end a response; None for those of the tokenizer.
+        resume_at: None starts a new file, and the old content of the file is lost. A resumed run passes the step that
+            it will write first. Lines at the end of the file that belong to this step or a later one are then removed,
+            because the run writes them again, and so is a torn last line. Earlier lines stay. The file is read backward
+            from its end, so that resuming a run takes no longer than the removed lines require.
+        correct_by: The rule that decides `correct`, such as the ``str`` of a
+            :class:`~srpo_core.rollouts.CorrectRule`. It is written beside `correct`, so that the report can name it.
 
     Attributes:
         left_out: How many values were not written, by field and reason; ``response`` stands for whole lines.
@@ -155,9 +155,9 @@ class RolloutWriter:
     ) -> None:
         """Append one line for each response.
 
-        Everything but `tokens` is optional: the more is given, the more the commands can show. The call waits for the
-        device and copies what it is given to the host. To write some rows of a batch, slice the arguments. None among
-        the values of an argument is "not known".
+        Everything except `tokens` is optional: the more is given, the more the commands can show. The call waits for
+        the device and copies its arguments to the host. To write some rows of a batch, slice the arguments. None among
+        the values of an argument means "not known".
 
         Args:
             tokens: Sampled token ids (needs the writer's `tokenizer`), or the texts of each response's real tokens.
@@ -194,8 +194,8 @@ class RolloutWriter:
             extra: Anything else about each response, as values that JSON can hold.
 
         Raises:
-            ValueError: Of the first batch only: if token ids come without a tokenizer or a mask, the sizes disagree, or
-                one of the two divergences is missing. Then no line is written.
+            ValueError: For the first batch only: if token ids come without a tokenizer or a mask, the sizes disagree,
+                or one of the two divergences is missing. No line is then written.
         """
         try:
             texts, finished_by_id = self._texts(tokens, mask)
