@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from srpo_core.checked import choose
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
 from srpo_core.diagnostics import credit_diagnostics
 from srpo_core.masking import masked_mean
@@ -27,6 +28,8 @@ from srpo_core.typechecking import typechecked
 from srpo_core.weights import ScaleState
 
 __all__ = [
+    "MAIN_METRICS",
+    "MetricSet",
     "Plan",
     "RolloutBatch",
     "View",
@@ -37,6 +40,26 @@ __all__ = [
     "prompt_id",
     "record",
 ]
+
+#: Which metrics are logged: the few to look at in every run, or all.
+MetricSet = Literal["main", "all"]
+
+#: The main metrics, in the order in which they are worth a look: whether responses have roles, whether scores say
+#: anything, whether the weights move credit, and how many responses teach something. They are means over the batch and
+#: always the same names, so that a trainer may average them over several batches.
+MAIN_METRICS = (
+    "structured/fraction",
+    "score/perception/mean",
+    "score/reasoning/mean",
+    "tokens/perception/fraction",
+    "weight/perception/mass",
+    "tokens/effective_fraction",
+    "advantage/cosine",
+    "advantage/zero",
+    "swap/coverage",
+    "corruption/unchanged",
+    "right/fraction",
+)
 
 #: The kinds of block that a response may begin inside of, by their code in :attr:`RolloutBatch.open_at_start`.
 OPEN_BLOCKS: tuple[Kind | None, ...] = (None, "perception", "reasoning", "answer")
@@ -51,7 +74,7 @@ class RolloutBatch(NamedTuple):
         segmentation: What each token does.
         group_ids: Equal where responses answer the same prompt; best from :func:`prompt_id`.
         attended: True at all tokens that are context or sampled, where `token_ids` hold prompts too. None: `mask`.
-        open_at_start: The block that each prompt left open, as its place in :data:`OPEN_BLOCKS`; None: none did.
+        open_at_start: The block that each prompt left open, as its place in ``OPEN_BLOCKS``; None: none did.
     """
 
     token_ids: Int[Tensor, "batch time"]
@@ -377,15 +400,28 @@ def record(
     return values | written
 
 
-def logged(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics as numbers under the names that every trainer logs, ``srpo/weight/perception/mean``; waits once.
+def logged(metrics: Mapping[str, Tensor], *, which: MetricSet = "main") -> dict[str, float]:
+    """Metrics as numbers under the names that every trainer logs, such as ``srpo/weight/perception/mass``.
 
-    What is NaN, because the batch has nothing of it, is left out.
+    A metric that is NaN, because the batch has nothing that it could be measured on, is left out. The device is waited
+    for once.
+
+    Args:
+        metrics: 0-d tensors by name, of a :class:`~srpo_core.Credit`.
+        which: ``main`` for those of :data:`MAIN_METRICS`, ``all`` for every metric that is given.
+
+    Raises:
+        ValueError: If `which` is unknown.
 
     Example:
         >>> from srpo_core.batch import logged
-        >>> logged({"advantage/zero": torch.tensor(0.5)})
+        >>> metrics = {"advantage/zero": torch.tensor(0.5), "weight/perception/p95": torch.tensor(2.0)}
+        >>> logged(metrics)
         {'srpo/advantage/zero': 0.5}
+        >>> logged(metrics, which="all")
+        {'srpo/advantage/zero': 0.5, 'srpo/weight/perception/p95': 2.0}
     """
+    names = choose("which", which, {"main": MAIN_METRICS, "all": tuple(metrics)})
+    metrics = {name: metrics[name] for name in names if name in metrics}
     values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
     return {f"srpo/{name}": value for name, value in zip(metrics, values, strict=True) if not math.isnan(value)}

@@ -1,18 +1,22 @@
-"""A look at every rollout batch of a run, for what makes SRPO do nothing: on the first an error, later a warning."""
+"""A look at every rollout batch of a run: what the weights did in one line of words, and what makes SRPO do nothing.
+
+What makes SRPO do nothing is an error in the first batch and later a warning.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from srpo_core.batch import RolloutBatch
+from srpo_core.batch import RolloutBatch, logged
 from srpo_core.options import SRPOConfig
+from srpo_core.srpo import Credit
 from srpo_core.tags import BrokenReason, open_block
 from srpo_core.token_text import TokenizerLike, text_decoder
 
-__all__ = ["FEW", "RunWatch"]
+__all__ = ["FEW", "RunWatch", "batch_in_words"]
 
 logger = logging.getLogger("srpo_core")
 
@@ -143,3 +147,68 @@ class RunWatch:
     def _structure(self) -> str:
         pairs = self._options.tags.pairs.values()
         return "".join(f"{opening}...{closing}" for opening, closing in pairs)
+
+
+def batch_in_words(
+    batch: RolloutBatch, credited: Credit, *, advantages: Float[Tensor, " batch"], step: int | None = None
+) -> str:
+    """What the weights did with a rollout batch, in one line of words for a log.
+
+    It has, as far as each is known: how many responses are well-formed, and the faults of the others; the mean scores,
+    in nats a token; the share of the tokens and of the weight that the perception has; the share of right answers; and
+    the groups of which no response has an advantage other than 0. Responses without a token in the mask do not count.
+    It reads the tensors on the host.
+
+    Args:
+        batch: The responses, with the mask that was given to :func:`~srpo_core.credit`.
+        credited: From :func:`~srpo_core.credit`.
+        advantages: One per response, as :func:`~srpo_core.credit` was given them.
+        step: The step that the line begins with; None: it begins without one.
+
+    Example:
+        >>> from srpo_core import Segmentation
+        >>> from srpo_core.watch import batch_in_words
+        >>> roles, real = torch.tensor([[1, 2, 0], [0, 0, 0]]), torch.ones(2, 3).bool()
+        >>> segmentation = Segmentation(roles, torch.tensor([0, 2]), torch.zeros(2, 3).bool())
+        >>> batch = RolloutBatch(roles, real, segmentation, torch.tensor([7, 7]))
+        >>> metrics = {"tokens/perception/fraction": torch.tensor(1 / 6), "weight/perception/mass": torch.tensor(0.3)}
+        >>> ones = torch.ones(2, 3)
+        >>> credited = Credit(ones, ones, ones, None, metrics, ones)
+        >>> batch_in_words(batch, credited, advantages=torch.tensor([0.0, 0.0]), step=3)
+        'step 3: 1 of 2 responses is well-formed (1 unclosed); perception has 17 % of the tokens and 30 % of the weight;
+        1 of 1 group teaches nothing'
+    """
+    start = "" if step is None else f"step {step}: "
+    real = batch.mask.any(1)
+    reasons = Counter(BrokenReason(reason) for reason in batch.segmentation.broken[real].tolist())
+    if not reasons:
+        return f"{start}no response has a token to train on"
+    numbers = logged(credited.metrics, which="all")
+
+    def value(name: str) -> float | None:
+        return numbers.get(f"srpo/{name}")
+
+    well_formed = reasons.pop(BrokenReason.NONE, 0)
+    parts = [f"{_counted(well_formed, sum(reasons.values()) + well_formed, 'response', 'is', 'are')} well-formed"]
+    if reasons:
+        parts[0] += f" ({', '.join(f'{count} {reason.name.lower()}' for reason, count in reasons.most_common())})"
+    depends = []
+    if credited.corrupted_log_probs is not None and (score := value("score/perception/mean")) is not None:
+        depends.append(f"a perception token depends on the image by {score:.2f} nats")
+    if credited.counterfactual_log_probs is not None and (score := value("score/reasoning/mean")) is not None:
+        verb = "" if depends else "depends "
+        depends.append(f"a reasoning token {verb}on the perception by {score:.2f} nats")
+    parts += [" and ".join(depends)] if depends else []
+    tokens, weight = value("tokens/perception/fraction"), value("weight/perception/mass")
+    if tokens is not None and weight is not None:
+        parts.append(f"perception has {100 * tokens:.0f} % of the tokens and {100 * weight:.0f} % of the weight")
+    if (right := value("right/fraction")) is not None:
+        parts.append(f"{100 * right:.0f} % of the answers are right")
+    groups, teaching = (set(batch.group_ids[rows].tolist()) for rows in (real, real & (advantages != 0)))
+    if idle := len(groups - teaching):
+        parts.append(f"{_counted(idle, len(groups), 'group', 'teaches', 'teach')} nothing")
+    return start + "; ".join(parts)
+
+
+def _counted(count: int, of: int, noun: str, one: str, many: str) -> str:
+    return f"{count} of {of} {noun}{'s' if of != 1 else ''} {one if 1 in (count, of) else many}"

@@ -1,8 +1,6 @@
 """One batch, one driver: what has to be scored, the credit of the scores, the record."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from srpo_core import (
     segment_responses,
     srpo_advantages,
 )
-from srpo_core.batch import ending_ids, logged, prompt_id, record
+from srpo_core.batch import MAIN_METRICS, ending_ids, logged, prompt_id, record
 from srpo_core.diagnostics import credit_diagnostics
 from srpo_core.reliance import span_counterfactuals
 from srpo_core.rollouts import RolloutWriter, read_rollouts
@@ -493,11 +491,34 @@ def test_nothing_of_a_credit_has_a_gradient():
 def test_logged_is_numbers_under_one_prefix():
     batch = responses()
     made = credited(batch, plan_of(batch))
-    numbers = logged(made.metrics)
+    numbers = logged(made.metrics, which="all")
     assert numbers == {f"srpo/{name}": value.item() for name, value in made.metrics.items()}
-    assert logged({}) == {}
-    assert logged({"a": torch.tensor(math.nan), "b": torch.tensor(1)}) == {"srpo/b": 1.0}
-    assert logged({"a": torch.tensor(2), "b": torch.tensor(0.5)}) == {"srpo/a": 2.0, "srpo/b": 0.5}
+    for which in ("main", "all"):
+        assert logged({}, which=which) == {}
+    assert logged({"a": torch.tensor(math.nan), "b": torch.tensor(1)}, which="all") == {"srpo/b": 1.0}
+    assert logged({"a": torch.tensor(2), "b": torch.tensor(0.5)}, which="all") == {"srpo/a": 2.0, "srpo/b": 0.5}
+
+
+def test_logged_is_by_default_the_main_metrics_in_their_order():
+    batch = responses()
+    counts, correct = torch.tensor([[2, 1], [1, 0], [1, 1], [0, 0]]), torch.tensor([1, 0, 1, -1])
+    made = credited(batch, plan_of(batch), image_counts=counts, correct=correct)
+    numbers = logged(made.metrics)
+    # Each of them exists among the metrics that `credit` makes, so none is missing here.
+    assert list(numbers) == [f"srpo/{name}" for name in MAIN_METRICS]
+    assert numbers == {f"srpo/{name}": made.metrics[name].item() for name in MAIN_METRICS}
+    assert len(set(MAIN_METRICS)) == len(MAIN_METRICS) <= 12
+    # Counted by hand: three of four responses have roles, one advantage in four is 0, two of three answers are right.
+    assert numbers["srpo/structured/fraction"] == 3 / 4
+    assert numbers["srpo/advantage/zero"] == 1 / 4
+    assert numbers["srpo/right/fraction"] == pytest.approx(2 / 3)
+    without = logged(made.metrics | {"advantage/cosine": torch.tensor(math.nan)})
+    assert numbers.keys() - without.keys() == {"srpo/advantage/cosine"}
+
+
+def test_logged_refuses_an_unknown_choice_of_metrics():
+    with pytest.raises(ValueError, match="^which must be one of 'main', 'all', got 'few'"):
+        logged({}, which="few")
 
 
 # record
@@ -550,32 +571,3 @@ def test_credit_options_of_a_step_are_a_config_still():
     assert isinstance(options, SRPOConfig)
     assert isinstance(options, CreditOptions)
     assert options.perception_tags == ("<p>", "</p>")
-
-
-def test_the_readme_trains_as_printed():
-    """Its block of code, with what a trainer has at hand."""
-    block = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    words = {"<p>": "<perception>", "</p>": "</perception>", "<t>": "<think>", "</t>": "</think>"}
-    token_ids, mask = tokens_of([re.sub("</?[pt]>", lambda tag: words[tag[0]], text) for text in RESPONSES])
-
-    def score(view):
-        return torch.full((token_ids if view.responses is None else view.responses.token_ids).shape, -3.0)
-
-    old_log_probs = torch.full(mask.shape, -1.0)
-    trainer = {
-        "token_ids": token_ids,
-        "mask": mask,
-        "tokenizer": Characters(),
-        "group_ids": torch.zeros(len(mask), dtype=torch.int64),
-        "rewards": torch.arange(len(mask)) % 2.0,
-        "old_log_probs": old_log_probs,
-        "log_probs": old_log_probs.clone().requires_grad_(),
-        "step": 0,
-        "score": score,
-    }
-    exec(block[1], trainer)
-    trainer["loss"].backward()
-    credited, gradient = trainer["credited"], trainer["log_probs"].grad
-    assert credited.scores[mask & (trainer["batch"].segmentation.roles == Role.PERCEPTION)].eq(2.0).all()
-    close(gradient, -credited.advantages / mask.sum(), rtol=1e-5, atol=1e-7)

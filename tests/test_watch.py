@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from test_batch import OPTIONS, RESPONSES, TAGS, Characters, responses, tokens_of
+from test_batch import ADVANTAGES, OPTIONS, RESPONSES, TAGS, Characters, credited, plan_of, responses, tokens_of
 
-from srpo_core import RolloutBatch, SRPOConfig
-from srpo_core.watch import FEW, RunWatch
+from srpo_core import Role, RolloutBatch, SRPOConfig
+from srpo_core.watch import FEW, RunWatch, batch_in_words
 
 ASKING = ["Answer as <p>...</p><t>...</t>.\nWhat is this?"]
 PLAIN = ["What is this?"]
@@ -128,3 +128,76 @@ def test_an_empty_batch_is_nothing_to_warn_of(warnings):
     empty = RolloutBatch.of(ids, ids > 0, Characters(), OPTIONS, group_ids=torch.zeros(0, dtype=torch.int64))
     watch().look(empty, prompts=[])
     assert not warnings.records
+
+
+# In words
+
+
+def means_by_a_loop(batch, made, role):
+    """Of a role: its tokens, the sum of their weights and of their scores; and the tokens and weights of all."""
+    tokens = weight = score = total = total_weight = 0
+    for row, column in batch.mask.nonzero().tolist():
+        total += 1
+        total_weight += made.weights[row, column].item()
+        if batch.segmentation.roles[row, column] == role:
+            tokens += 1
+            weight += made.weights[row, column].item()
+            score += made.scores[row, column].item()
+    return score / tokens, tokens / total, weight / total_weight
+
+
+def test_batch_in_words_says_what_a_loop_counts():
+    batch = responses()
+    made = credited(batch, plan_of(batch), correct=torch.tensor([1, 0, 1, -1]))
+    score, tokens, weight = means_by_a_loop(batch, made, Role.PERCEPTION)
+    reasoning = means_by_a_loop(batch, made, Role.REASONING)[0]
+    assert round(100 * tokens) != round(100 * weight)
+    line = batch_in_words(batch, made, advantages=ADVANTAGES, step=12)
+    assert line == (
+        "step 12: 3 of 4 responses are well-formed (1 unclosed); a perception token depends on the image by "
+        f"{score:.2f} nats and a reasoning token on the perception by {reasoning:.2f} nats; perception has "
+        f"{round(100 * tokens)} % of the tokens and {round(100 * weight)} % of the weight; "
+        "67 % of the answers are right"
+    )
+
+
+@pytest.mark.parametrize(
+    ("advantages", "end"),
+    [
+        ([1.0, -1.0, 0.0, 0.0], "; 1 of 2 groups teaches nothing"),
+        ([0.0, 0.0, 0.0, 0.0], "; 2 of 2 groups teach nothing"),
+        ([0.0, 1.0, 0.0, -1.0], " % of the weight"),  # one response with an advantage is enough
+    ],
+)
+def test_batch_in_words_counts_the_groups_without_an_advantage(advantages, end):
+    batch, advantages = responses(), torch.tensor(advantages, dtype=torch.float64)
+    made = credited(batch, plan_of(batch), advantages=advantages)
+    line = batch_in_words(batch, made, advantages=advantages)
+    assert line.endswith(end)
+    assert ("teach" in line) == ("teach" in end)
+
+
+def test_batch_in_words_names_the_faults_by_their_number_and_counts_only_what_is_trained():
+    batch = responses(BROKEN)
+    made = credited(batch, plan_of(batch))
+    line = batch_in_words(batch, made, advantages=ADVANTAGES)
+    assert line.startswith("0 of 4 responses are well-formed (2 unclosed, 1 no_perception, 1 stray_close); perception")
+    masked = batch._replace(mask=batch.mask & torch.tensor([[True], [False], [False], [False]]))
+    made = credited(masked, plan_of(batch))
+    line = batch_in_words(masked, made, advantages=0 * ADVANTAGES)
+    assert line.startswith("0 of 1 response is well-formed (1 no_perception); ")
+    assert line.endswith("1 of 1 group teaches nothing")
+
+
+def test_batch_in_words_leaves_out_what_is_not_known():
+    batch = responses()
+    made = credited(batch, plan_of(batch, has_images=False))
+    line = batch_in_words(batch, made, advantages=ADVANTAGES)
+    assert "image" not in line
+    assert "; a reasoning token depends on the perception by " in line
+    assert "right" not in line
+    bare = made._replace(metrics={}, counterfactual_log_probs=None)
+    assert batch_in_words(batch, bare, advantages=ADVANTAGES) == "3 of 4 responses are well-formed (1 unclosed)"
+    empty = batch._replace(mask=batch.mask & False)
+    made = credited(empty, plan_of(batch))
+    assert batch_in_words(empty, made, advantages=ADVANTAGES, step=0) == "step 0: no response has a token to train on"

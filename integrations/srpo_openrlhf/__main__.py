@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: If a setting cannot work with SRPO.
-        RuntimeError: If this OpenRLHF is not a supported one.
+        RuntimeError: If the installed OpenRLHF is not a supported version.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):

@@ -1,6 +1,6 @@
 """What the hook adds to OpenRLHF's experience maker: more scoring passes, and the weights in the advantages.
 
-Everything is over whole sequences, [batch, time] with prompts and padding, as OpenRLHF has it: column t of
+All tensors are over whole sequences, [batch, time] with prompts and padding, as in OpenRLHF: column t of
 ``action_mask``, ``action_log_probs`` and ``advantages`` belongs to token t + 1 of ``sequences``. Rows are put into the
 order in which they were sampled, so that neither swaps nor scales depend on how OpenRLHF cut the batch up.
 """
@@ -19,7 +19,7 @@ from srpo_core import Credit, RolloutBatch, credit, plan
 from srpo_core.batch import View, ending_ids, logged, prompt_id, record
 from srpo_core.pixel_values import corrupt_rows, image_facts, refuse_unknown_pixels, vision_patch_size
 from srpo_core.rollouts import RolloutWriter
-from srpo_core.watch import RunWatch
+from srpo_core.watch import RunWatch, batch_in_words
 from srpo_openrlhf.options import load_config
 from srpo_openrlhf.proof import Arrival
 
@@ -45,7 +45,7 @@ def patch_maker(module: ModuleType) -> None:
 
 
 class Weighting:
-    """Weights the batches of one experience maker, each after OpenRLHF made it and before it is sent to the actors.
+    """Weights the batches of one experience maker, each after OpenRLHF has made it and before it goes to the actors.
 
     Args:
         maker: A ``RemoteExperienceMaker``. The options come from the environment.
@@ -125,7 +125,9 @@ class Weighting:
             correct=correct,
         )
 
-        metrics = logged(credited.metrics)
+        metrics = logged(credited.metrics, which=self.config.metrics)
+        if self.config.summary:
+            print(batch_in_words(batch, credited, advantages=advantages, step=self.step), flush=True)
         for each in experiences:
             mask = each.action_mask.bool()
             weighted = each.advantages * credited.weights[each.index, : mask.shape[1]]
@@ -227,7 +229,7 @@ def _is_per_row(experience: Any, values: Any) -> bool:
 
 
 def _first_step(maker: Any) -> int:
-    """Rollout batches that a resumed run has behind it; the maker is not told."""
+    """How many rollout batches a resumed run has done already, which the maker does not know."""
     if not maker.args.ckpt.load_enable:
         return 0
     states = ray.get(maker.actor_model_group.async_run_method(method_name="get_checkpoint_states"))

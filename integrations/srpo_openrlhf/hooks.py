@@ -76,7 +76,7 @@ def check_names(module: ModuleType) -> None:
 
 
 def unsupported(problem: str) -> RuntimeError:
-    """The error that the installed OpenRLHF is not one that the adapter knows."""
+    """The error for an OpenRLHF that the adapter does not support."""
     try:
         found = f"openrlhf {importlib.metadata.version('openrlhf')}"
     except importlib.metadata.PackageNotFoundError:

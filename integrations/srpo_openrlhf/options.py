@@ -24,7 +24,7 @@ _PREFIX = "--srpo."
 class OpenRLHFOptions(SRPOConfig, RecordingOptions):
     """Every ``--srpo.*`` option: those that the core leaves to an adapter, and those that only record.
 
-    For `correct`, reward functions go by the names under which OpenRLHF has their values in an experience's ``info``.
+    In `correct`, reward functions are named as OpenRLHF names their values in the ``info`` of an experience.
     """
 
 
@@ -50,7 +50,7 @@ def option_parser() -> argparse.ArgumentParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[OpenRLHFOptions, list[str]]:
-    """The checked options, and what is left of the command line for OpenRLHF, in its order.
+    """The checked options, and the rest of the command line for OpenRLHF, in its order.
 
     Exits with status 2 and a sentence if an option is unknown or out of range, as argparse does.
 
@@ -80,7 +80,7 @@ def load_config() -> OpenRLHFOptions:
     """The options that the launcher put into this worker's environment.
 
     Raises:
-        RuntimeError: If there are none.
+        RuntimeError: If this worker has no such options.
     """
     dumped = os.environ.get(ENVIRONMENT_VARIABLE)
     if dumped is None:
@@ -95,8 +95,16 @@ def _argument(annotation: Any) -> dict[str, Any]:
     kinds = kinds_of(annotation)
     if any(get_origin(kind) is tuple for kind in kinds):  # a pair of tags; none at all where these may be left out
         return {"nargs": "*" if NoneType in kinds else 2, "metavar": "TAG"}
+    if bool in kinds:
+        return {"type": _switch, "metavar": "true|false"}
     kind = next(kind for kind in kinds if kind is not NoneType)
     return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def _shown(default: Any) -> str:

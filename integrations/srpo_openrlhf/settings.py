@@ -1,4 +1,4 @@
-"""Settings under which the weights would be wrong, or were never tried: refused at start-up, each with a sentence."""
+"""Settings that would make the weights wrong or were never tried: refused at start-up, each with a sentence."""
 
 from argparse import Namespace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The command line -> :class:`VerlOptions`, and a sentence on whatever cannot work. Needs no verl."""
+"""The command line -> :class:`VerlOptions`, and a sentence about every setting that cannot work. Needs no verl."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ __all__ = ["VerlOptions", "check_config", "srpo_options"]
 class VerlOptions(SRPOConfig, RecordingOptions):
     """Everything under ``algorithm.srpo``: the options that the core leaves to an adapter, and those that only record.
 
-    For `correct`, reward functions go by their keys in the extra info that verl's reward function returns.
+    In `correct`, reward functions are named by their keys in the extra info that verl's reward function returns.
     """
 
 
@@ -75,8 +75,8 @@ def check_config(config: Mapping[str, Any]) -> VerlOptions | None:
         config: verl's whole configuration as plain containers (``OmegaConf.to_container(config, resolve=True)``).
 
     Raises:
-        ValueError: If SRPO is half asked for, an option is unknown or out of range, or a setting of verl excludes it.
-            The message names the setting and what to write instead.
+        ValueError: If only a part of the settings asks for SRPO, an option is unknown or out of range, or a setting of
+            verl excludes SRPO. The message names the setting and what to write instead.
 
     Example:
         >>> check_config({"trainer": {"v1": {"trainer_mode": "sync"}}, "algorithm": {"srpo": {"strength": 1.0}}})
@@ -135,7 +135,7 @@ def srpo_options(values: Mapping[str, Any]) -> VerlOptions:
 
 
 def _check_verl(config: Mapping[str, Any]) -> None:
-    """Refuse what would silently not be SRPO, or was never run with it."""
+    """Refuse settings that would silently turn SRPO off, or that were never run with it."""
     if not _get(config, "actor_rollout_ref.hybrid_engine", True):
         raise ValueError(
             f"actor_rollout_ref.hybrid_engine=false belongs to trainer_mode=separate_async: "

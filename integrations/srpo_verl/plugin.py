@@ -1,4 +1,5 @@
-"""What verl loads, by the entry point or by ``VERL_USE_EXTERNAL_MODULES=srpo_verl.plugin``. Nothing here is called.
+"""What verl loads, by the entry point or by ``VERL_USE_EXTERNAL_MODULES=srpo_verl.plugin``. No function of this module
+is called by name.
 
 verl loads plugins while it is imported itself, in every process of a run, and hides their errors at DEBUG level. So
 this module imports none of verl's trainers (9 seconds, and not needed in a rollout server): it adds SRPO's trainer when

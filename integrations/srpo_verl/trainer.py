@@ -20,7 +20,7 @@ from verl.workers.utils.padding import response_to_nested
 from srpo_core.batch import Plan, RolloutBatch, credit, logged, plan, record
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.srpo import Credit
-from srpo_core.watch import RunWatch
+from srpo_core.watch import RunWatch, batch_in_words
 from srpo_verl.options import check_config
 from srpo_verl.proof import Proof
 from srpo_verl.upstream import check_attributes
@@ -147,8 +147,9 @@ class SRPOMixin(_Trainer):
         # Rejection may have shrunk the mask: the weights of a trajectory have mean one over the tokens that are left.
         mask = data["response_mask"].to_padded_tensor(0).bool()
         advantages = _of_response(data["advantages"].to_padded_tensor(0.0).float(), mask)
+        trained = rollouts._replace(mask=mask)
         credited = credit(
-            rollouts._replace(mask=mask),
+            trained,
             planned,
             {name: data[field].to_padded_tensor(0.0).float() for name, field in views.items()},
             self.srpo_config,
@@ -158,7 +159,9 @@ class SRPOMixin(_Trainer):
             image_counts=image_counts,
             correct=correct,
         )
-        metrics.update(logged(credited.metrics))
+        metrics.update(logged(credited.metrics, which=self.srpo_config.metrics))
+        if self.srpo_config.summary:
+            print(batch_in_words(trained, credited, advantages=advantages, step=self.global_steps), flush=True)
         self._write(batch, rollouts, credited, advantages=advantages, rewards=rewards, correct=correct)
         weighted = response_to_nested(credited.advantages, data["response_mask"])
         batch = self._put(batch, {"advantages": weighted})
@@ -190,7 +193,7 @@ class SRPOMixin(_Trainer):
         rewards: Tensor,
         correct: Tensor | None,
     ) -> None:
-        """Append the batch to the file of ``algorithm.srpo.rollouts``."""
+        """Append the batch to the file that ``algorithm.srpo.rollouts`` names."""
         if self.srpo_config.rollouts is None:
             return
         prompts = self._prompts(batch, skip_special_tokens=True)
@@ -209,7 +212,7 @@ class SRPOMixin(_Trainer):
 
     @cached_property
     def _writer(self) -> RolloutWriter:
-        """A resumed run goes on with the file."""
+        """The writer of the rollout file; a resumed run continues the file."""
         assert self.srpo_config.rollouts is not None
         return RolloutWriter(
             self.srpo_config.rollouts,

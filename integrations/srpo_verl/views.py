@@ -18,10 +18,10 @@ _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
 
 def source_tokens(changed: CounterfactualResponses) -> Tensor:
-    """Of each token of the changed responses, [batch, new_time], the original token whose position it counts from.
+    """For each token of the changed responses, [batch, new_time], the original token from whose position it is counted.
 
-    A kept token counts from itself. A token that was put in counts from the first one that was taken out, since it
-    starts where that one stood.
+    A token that was kept is counted from itself. A token that was put in is counted from the first token that was taken
+    out, because it begins at that place.
     """
     positions = changed.positions
     first_removed = (positions < 0).int().argmax(dim=1, keepdim=True)

@@ -53,8 +53,8 @@ class SRPOWorker(ActorRolloutRefWorker):
                 ``srpo_views``, the image of each view by the view's name; ``srpo_step``.
 
         Returns:
-            The log-probs; under ``srpo_images`` how many images a row has and how many of them did not change; and
-            under ``srpo_prompt_ids`` the identity of its prompt and images.
+            The log-probs; in ``srpo_images``, how many images each row has and how many of them did not change; and in
+            ``srpo_prompt_ids``, the identity of its prompt and images.
         """
         step, views = tu.pop(data, "srpo_step"), tu.pop(data, "srpo_views")
         tu.maybe_fix_3d_position_ids(data)
@@ -104,7 +104,7 @@ def multi_modal_rows(data: TensorDict) -> list[dict[str, Any]]:
 
 
 def changed_rows(data: TensorDict, view: str) -> TensorDict:
-    """The rows with the view's responses in the place of their own, as verl would have made them."""
+    """The rows with the responses of the view instead of their own, as verl would have made them."""
     data = data.clone(recurse=False)
     prompts, responses = data["prompts"].unbind(), data[f"srpo_{view}_responses"].unbind()
     rows = zip(data["position_ids"].unbind(), prompts, data[f"srpo_{view}_sources"].unbind(), strict=True)

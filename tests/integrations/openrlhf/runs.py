@@ -159,7 +159,7 @@ def check(folder: Path) -> None:
         for step in steps[name]:
             held(
                 f"{name}: srpo metrics are logged if SRPO runs, and only then",
-                ("srpo/weight/perception/mean" in step) == (module == SRPO),
+                ("srpo/weight/perception/mass" in step) == (module == SRPO),
             )
         imported = re.findall(r"ROLLOUT WORKER imported (\[.*\])", results[name][1])
         held(f"{name}: rollout workers import neither deepspeed nor srpo_core", imported == ["[]"], imported)

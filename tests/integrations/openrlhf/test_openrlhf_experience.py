@@ -30,7 +30,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from srpo_core import Role, SRPOConfig, corrupt_pixel_values, segment_responses, srpo_advantages
-from srpo_core.batch import prompt_id
+from srpo_core.batch import MAIN_METRICS, prompt_id
 from srpo_core.cli.app import app
 from srpo_core.options import adapter_options
 from srpo_core.reliance import perception_spans, span_reliance
@@ -478,8 +478,23 @@ def test_weighted_advantages_and_metrics_survive_the_way_into_the_loss(vision, h
     assert (weighted.grad[batch.action_mask.bool()] != 0).all()
 
 
+def test_the_main_metrics_are_logged_and_said_in_words(vision, hooked, capsys):
+    def step(**recording):
+        hooked(SRPOConfig(), correct=">=-1e9", **recording)
+        (first, *_) = vision.maker().make_experience_batch(rollout(vision))
+        return first, [line for line in capsys.readouterr().out.splitlines() if "well-formed" in line]
+
+    first, (line,) = step()
+    assert {name for name in first.info if name.startswith("srpo/")} == {f"srpo/{name}" for name in MAIN_METRICS}
+    assert line.startswith("step 0: ")
+    share = 100 * first.info["srpo/tokens/perception/fraction"][0].item()
+    assert f"perception has {share:.0f} % of the tokens" in line
+    assert line.split("; ")[-1 if "teach" not in line else -2] == "100 % of the answers are right"
+    assert step(summary=False)[1] == []
+
+
 def test_the_metrics_are_those_of_the_core_and_average_to_the_value_of_the_batch(vision, hooked, monkeypatch):
-    hooked(SRPOConfig())
+    hooked(SRPOConfig(), metrics="all")
     singles, kept = credit_of(vision, rollout(vision), monkeypatch)
     names = {name for name in singles[0].info if name.startswith("srpo/")}
     assert names == {f"srpo/{name}" for name in kept.credit.metrics}
@@ -565,7 +580,7 @@ def test_a_first_batch_without_tags_is_an_error_and_a_later_one_is_not(vision, h
     for sample in samples:
         sample.sequences[sample.sequences == vision.text_tokenizer.encode("<")[0]] = 0
     (first, *_) = maker.make_experience_batch(samples)
-    assert first.info["srpo/broken/fraction"].tolist() == [1.0] * SAMPLES
+    assert first.info["srpo/structured/fraction"].tolist() == [0.0] * SAMPLES
 
 
 def test_responses_without_tags_that_the_prompt_asks_for_are_reported(vision, hooked, caplog):
@@ -692,7 +707,7 @@ def test_what_a_reward_function_says_beside_the_reward_may_count_as_right(vision
     written = list(read_rollouts(tmp_path / "rollouts.jsonl"))
     assert [line.correct for line in written] == [number % 3 == 0 for number in range(12)]
     hooked(SRPOConfig(), correct="acd")
-    with pytest.raises(ValueError, match="'acd', which is to say what counts as right.*did you mean 'acc'"):
+    with pytest.raises(ValueError, match="'acd', which should decide what counts as right.*did you mean 'acc'"):
         vision.maker().make_experience_batch(samples)
 
 

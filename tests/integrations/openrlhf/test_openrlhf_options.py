@@ -50,7 +50,7 @@ def stock_args(**changes):
 
 def test_the_options_are_those_of_the_core_and_those_that_only_record():
     actions = {action.dest.removeprefix("srpo."): action for action in option_parser()._actions}
-    assert list(actions) == ["rollouts", "correct", *adapter_options()]
+    assert list(actions) == ["rollouts", "correct", "metrics", "summary", *adapter_options()]
     hints = get_type_hints(OpenRLHFOptions)
     for name, field in adapter_options().items():
         action = actions[name]
@@ -85,6 +85,16 @@ def test_the_file_for_rollouts_is_an_option_of_its_own():
         OpenRLHFOptions(rollouts="a.jsonl", correct="acc>=0.5"),
         ["--seed", "1"],
     )
+
+
+def test_what_is_logged_is_an_option(capsys):
+    assert (OpenRLHFOptions().metrics, OpenRLHFOptions().summary) == ("main", True)
+    for word, said in (("false", False), ("True", True)):
+        config, _ = parse_options(["--srpo.metrics", "all", "--srpo.summary", word])
+        assert config == OpenRLHFOptions(metrics="all", summary=said)
+    with pytest.raises(SystemExit):
+        parse_options(["--srpo.summary", "no"])
+    assert "argument --srpo.summary: must be true or false, got 'no'" in capsys.readouterr().err
 
 
 def test_reliance_is_an_option():
@@ -128,7 +138,7 @@ def test_options_reach_the_workers(monkeypatch):
     config = OpenRLHFOptions(answer_tags=None, strength=0.1, corruption_amount=0.5, reliance_spans=3)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, dump_config(config))
     assert load_config() == config
-    assert set(json.loads(dump_config(config))) == {"rollouts", "correct", *adapter_options()}
+    assert set(json.loads(dump_config(config))) == {"rollouts", "correct", "metrics", "summary", *adapter_options()}
 
 
 def test_a_worker_without_options_says_how_to_start(monkeypatch):

@@ -190,7 +190,7 @@ def main(work):
     one, two = work / "record_one", work / "record_two"
     for name in ("srpo_one", "srpo_two"):
         assert len(steps(work, name)) == 2
-        assert {"srpo/weight/perception/mean", "srpo/corruption/unchanged"} <= set(steps(work, name)[-1])
+        assert {"srpo/weight/perception/mass", "srpo/corruption/unchanged"} <= set(steps(work, name)[-1])
     for name in ("srpo_one", "srpo_two", "zero_one", "zero_two"):
         check_proof(work, name)
     check_parity(work, "zero_one", "grpo_one")

@@ -8,6 +8,7 @@ import copy
 import functools
 import os
 import pathlib
+import re
 import types
 
 import pytest
@@ -42,7 +43,7 @@ from verl_harness import rollouts, tiny_vlm
 from verl_harness.alone import changed_alone, padded, reliance_alone, score_alone, spans_alone
 
 from srpo_core import LossOptions, SRPOConfig, grpo_loss, srpo_advantages
-from srpo_core.batch import prompt_id
+from srpo_core.batch import MAIN_METRICS, prompt_id
 from srpo_core.cli.app import app
 from srpo_core.pixel_values import corrupt_rows
 from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
@@ -389,7 +390,8 @@ def test_a_counterfactual_may_be_read_with_the_corrupted_image(run_step):
 
 
 def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
-    step, plain = run_step("+algorithm.srpo.strength=1.5"), run_step(trainer_class=PlainTrainer)
+    step = run_step("+algorithm.srpo.strength=1.5", "+algorithm.srpo.metrics=all")
+    plain = run_step(trainer_class=PlainTrainer)
     config, mask = SRPOConfig(strength=1.5), mask_of(step.rows)
     segmentation, changed = changed_alone(step.rows, parts.tokenizer, config)
     old = padded([row["old_log_probs"] for row in step.rows])
@@ -414,10 +416,23 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
         assert step.metrics[f"srpo/{name}"] == pytest.approx(value.item(), abs=1e-6)
 
 
-def test_metrics_have_the_cores_names(run_step):
-    metrics = run_step().metrics
+def test_the_main_metrics_are_logged_and_said_in_words(run_step, capsys):
+    metrics = run_step("+algorithm.srpo.correct='>=0.5'").metrics
     ours = {name for name in metrics if name.startswith("srpo/")}
-    assert {"srpo/swap/coverage", "srpo/corruption/unchanged", "srpo/advantage/zero", "srpo/advantage/cosine"} <= ours
+    assert ours == {f"srpo/{name}" for name in MAIN_METRICS}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "well-formed" in line]
+    share = f"perception has {100 * metrics['srpo/tokens/perception/fraction']:.0f} % of the tokens"
+    assert re.match(r"step \d+: \d+ of \d+ responses are well-formed", line)
+    assert share in line
+    run_step("+algorithm.srpo.summary=false")
+    assert "well-formed" not in capsys.readouterr().out
+
+
+def test_all_metrics_have_the_cores_names(run_step):
+    metrics = run_step("+algorithm.srpo.metrics=all").metrics
+    ours = {name for name in metrics if name.startswith("srpo/")}
+    assert {f"srpo/{name}" for name in MAIN_METRICS} - {"srpo/right/fraction"} <= ours
+    assert {"srpo/weight/perception/p95", "srpo/broken/fraction", "srpo/score/reasoning/std"} <= ours
     assert all(isinstance(metrics[name], float) for name in ours)
     assert metrics["srpo/corruption/unchanged"] == 0.0
     assert "timing_s/srpo" in metrics
@@ -676,7 +691,7 @@ def test_what_counts_as_right_is_named_and_logged(run_step):
     step = run_step("+algorithm.srpo.correct='>=0.5'")
     known = [row["rm_scores"].sum().item() >= 0.5 for row in step.rows if row["response_mask"].any()]
     assert step.metrics["srpo/right/fraction"] == pytest.approx(sum(known) / len(known))
-    with pytest.raises(ValueError, match="'acd', which is to say what counts as right.*did you mean 'acc'"):
+    with pytest.raises(ValueError, match="'acd', which should decide what counts as right.*did you mean 'acc'"):
         run_step("+algorithm.srpo.correct=acd", changes=told)
 
 

@@ -61,7 +61,12 @@ def test_the_options_are_those_of_an_adapter_and_those_that_only_record():
         *adapter_options(),
         "rollouts",
         "correct",
+        "metrics",
+        "summary",
     }
+    assert (srpo_options({}).metrics, srpo_options({}).summary) == ("main", True)
+    with pytest.raises(ValueError, match=r"^algorithm\.srpo\.metrics must be one of 'main', 'all', got 'few'"):
+        srpo_options({"metrics": "few"})
     assert srpo_options({"rollouts": "rollouts.jsonl"}).rollouts == "rollouts.jsonl"
 
 
