@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOTrainer
 
 from srpo_core import Credit, RolloutBatch, ScaleState, Segmentation, credit, plan
-from srpo_core.batch import ending_ids, logged, record
+from srpo_core.batch import Plan, ending_ids, logged, record
+from srpo_core.engine_gap import EngineGapWatch, engine_gap
 from srpo_core.roles import role_masks
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.tags import BrokenReason
-from srpo_core.watch import RunWatch
+from srpo_core.watch import RunWatch, batch_in_words
 from srpo_trl.config import SRPOConfig
 from srpo_trl.contexts import Context, contexts_of, prompt_ids_of, scoring_inputs
-from srpo_trl.upstream import check_upstream, versions
+from srpo_trl.upstream import SHARING_TRANSFORMERS, check_upstream, transformers_is, versions
 
 __all__ = ["SRPOMixin", "SRPOTrainer"]
 
@@ -33,6 +35,9 @@ _PROMPT_END = 32  # tokens of a prompt that are read for a tag at its end
 
 # A mixin names no base at run time; type checkers should know what it will be mixed into.
 _Base = GRPOTrainer if TYPE_CHECKING else object
+
+if TYPE_CHECKING:
+    from srpo_hf import Scorer
 
 
 class SRPOMixin(_Base):
@@ -77,9 +82,12 @@ class SRPOMixin(_Base):
         if self._srpo_correct is not None:  # an unknown function ends the run now, not after its first batch
             nothing = torch.zeros(0)
             self._srpo_correct(nothing, dict.fromkeys(self.reward_func_names, nothing))
-        self._srpo_arrival = _Arrival()
+        self._srpo_arrival, self._srpo_summary = _Arrival(), _Summary()
         self.add_callback(self._srpo_arrival)
+        self.add_callback(self._srpo_summary)
         self.add_callback(_ScaleMemory())
+        self._srpo_gap_watch = EngineGapWatch(warns=self.accelerator.is_main_process)
+        self._srpo_scorer = self._srpo_make_scorer()
         family = self.model.config.model_type
         if self._srpo.counterfactual == "mask" and family not in MASK_IS_REMOVAL:
             raise ValueError(
@@ -96,7 +104,8 @@ class SRPOMixin(_Base):
         prompts = [self._srpo_tokenizer.decode(prompt, skip_special_tokens=False)]
         self._srpo_watch.look(rollouts.responses, prompts=prompts, image_counts=rollouts.image_counts)
         credited = self._srpo_credit(batch, rollouts)
-        self._srpo_log(rollouts, credited, start)
+        gap = self._srpo_engine_gap(batch, rollouts, credited)
+        self._srpo_log(rollouts, credited, gap, start)
         self._srpo_write(rollouts, credited)
         # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
         advantages = torch.where(rollouts.responses.mask, credited.advantages, rollouts.advantages[:, None])
@@ -173,19 +182,15 @@ class SRPOMixin(_Base):
 
     def _srpo_credit(self, batch: dict[str, Any], rollouts: "_Rollouts") -> Credit:
         """Score the responses in their other contexts, each rank its own ones, and weight the tokens of all."""
-        own, contexts = rollouts.own, rollouts.contexts
-        pad_token_id = self._srpo_tokenizer.pad_token_id
-        unchanged = (batch["completion_ids"], batch["completion_mask"])
-        log_probs = batch.get("old_per_token_logps")
-        if log_probs is None or _has_dropout(self.model):
-            log_probs = self._srpo_log_probs(contexts["original"], *unchanged)
-        planned = plan(rollouts.responses, self._srpo, has_images="corrupted" in contexts, pad_token_id=pad_token_id)
-        scored = {}
-        for name, image, changed in planned.views:
-            inputs = unchanged
-            if changed is not None:
-                inputs = (changed.token_ids[own[0]], changed.attention_mask[own[0]], changed.positions[own])
-            scored[name] = self._srpo_gather(self._srpo_log_probs(contexts[image], *inputs))
+        planned = plan(
+            rollouts.responses,
+            self._srpo,
+            has_images="corrupted" in rollouts.contexts,
+            pad_token_id=self._srpo_tokenizer.pad_token_id,
+        )
+        made = (self._srpo_score_plainly if self._srpo_scorer is None else self._srpo_score)(batch, rollouts, planned)
+        scored = {name: self._srpo_gather(log_probs) for name, log_probs in made.items()}
+        log_probs = scored.pop("original")
         # Transformers may have replaced the callback by its saved self.
         memory = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _ScaleMemory))
         credited = credit(
@@ -193,7 +198,7 @@ class SRPOMixin(_Base):
             planned,
             scored,
             self._srpo,
-            old_log_probs=self._srpo_gather(log_probs),
+            old_log_probs=log_probs,
             advantages=rollouts.advantages,
             step=self.state.global_step,
             image_counts=rollouts.image_counts,
@@ -203,6 +208,60 @@ class SRPOMixin(_Base):
         if self.model.training:
             memory.remember(credited.scale_state)
         return credited
+
+    def _srpo_make_scorer(self) -> "Scorer | None":
+        """What scores each prompt once for all of its responses; None where TRL's own function scores instead."""
+        # Processes that hold parts of the weights have to make equally many passes.
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not transformers_is(SHARING_TRANSFORMERS):
+            return None
+        from srpo_hf import Scorer
+
+        size = self.args.per_device_train_batch_size
+        try:
+            return Scorer(self.model, self.processing_class, self._srpo, temperature=self.temperature, batch_size=size)
+        except ValueError:  # a model without an output layer of its own
+            return None
+
+    def _srpo_score(self, batch: dict[str, Any], rollouts: "_Rollouts", planned: Plan) -> dict[str, Tensor]:
+        """The log-probs of this rank's responses in every view and as they are, with shared prefixes."""
+        from srpo_trl.shared import score_with_shared_prefixes
+
+        assert self._srpo_scorer is not None
+        with self.accelerator.autocast():
+            return score_with_shared_prefixes(
+                self._srpo_scorer, rollouts.contexts, rollouts.responses, planned, rollouts.own[0]
+            )
+
+    def _srpo_score_plainly(self, batch: dict[str, Any], rollouts: "_Rollouts", planned: Plan) -> dict[str, Tensor]:
+        """The same by TRL's log-prob function, one pass for each view."""
+        own, contexts = rollouts.own, rollouts.contexts
+        unchanged = (batch["completion_ids"], batch["completion_mask"])
+        log_probs = batch.get("old_per_token_logps")
+        if log_probs is None or _has_dropout(self.model):
+            log_probs = self._srpo_log_probs(contexts["original"], *unchanged)
+        scored = {"original": log_probs}
+        for name, image, changed in planned.views:
+            inputs = unchanged
+            if changed is not None:
+                inputs = (changed.token_ids[own[0]], changed.attention_mask[own[0]], changed.positions[own])
+            scored[name] = self._srpo_log_probs(contexts[image], *inputs)
+        return scored
+
+    def _srpo_engine_gap(self, batch: dict[str, Any], rollouts: "_Rollouts", credited: Credit) -> dict[str, Tensor]:
+        """How far the log-probs of an inference engine, where there is one, are from the trainer's own."""
+        engine = batch.get("sampling_per_token_logps")
+        if engine is None:
+            return {}
+        (roles, *_), mask = rollouts.responses.segmentation, rollouts.responses.mask
+        metrics = engine_gap(
+            credited.old_log_probs,
+            roles,
+            mask,
+            scores=credited.scores,
+            engine_log_probs=self._srpo_gather(engine),
+        )
+        self._srpo_gap_watch.look(metrics)
+        return metrics
 
     def _srpo_log_probs(
         self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -230,9 +289,14 @@ class SRPOMixin(_Base):
                 "a blank image"
             )
 
-    def _srpo_log(self, rollouts: "_Rollouts", credited: Credit, start: float) -> None:
-        """Metrics, and the columns of TRL's table of completions."""
-        metrics = logged(credited.metrics)
+    def _srpo_log(self, rollouts: "_Rollouts", credited: Credit, gap: dict[str, Tensor], start: float) -> None:
+        """Metrics, the line in words, and the columns of TRL's table of completions."""
+        if self.args.srpo_summary and self.model.training and self.accelerator.is_main_process:
+            step = self.state.global_step + 1  # as the trainer counts it where it logs the step
+            self._srpo_summary.line = batch_in_words(
+                rollouts.responses, credited, advantages=rollouts.advantages, step=step
+            )
+        metrics = logged(credited.metrics, which=self.args.srpo_metrics) | logged(gap, which="all")
         metrics["srpo/seconds"] = time.perf_counter() - start
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -312,6 +376,18 @@ class _Arrival(TrainerCallback):
                 f"SRPO's advantages per token did not reach the loss in the first optimizer step: _compute_loss {found}"
                 f", so this run would be plain GRPO. If no class of yours changed that, TRL did: {versions()}"
             )
+
+
+class _Summary(TrainerCallback):
+    """Prints what the last rollout batch did, in words, whenever the trainer logs."""
+
+    def __init__(self) -> None:
+        self.line: str | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        line, self.line = self.line, None  # an evaluation logs too, and has no line
+        if line is not None:
+            tqdm.write(line)  # above a progress bar, not through it
 
 
 class _ScaleMemory(TrainerCallback, ExportableState):

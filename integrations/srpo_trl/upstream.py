@@ -8,10 +8,13 @@ from packaging.specifiers import SpecifierSet
 
 import srpo_core
 
-__all__ = ["RELIED_ON", "SUPPORTED_TRL", "VISION_KEYS", "check_upstream", "trl_is", "versions"]
+__all__ = ["RELIED_ON", "SHARING_TRANSFORMERS", "SUPPORTED_TRL", "VISION_KEYS"]
+__all__ += ["check_upstream", "transformers_is", "trl_is", "versions"]
 
 # TRL 1.15 computes no log-probabilities on a CPU.
 SUPPORTED_TRL = ">=1.0,!=1.15.*"
+# What srpo_hf was tested with; before it TRL's own function scores every view.
+SHARING_TRANSFORMERS = ">=5.4"
 
 #: Names, by where they have to be. That the loss reads the advantages is proven by training, see the trainer.
 RELIED_ON = {
@@ -31,6 +34,11 @@ VISION_KEYS = (
 def trl_is(specifier: str) -> bool:
     """Whether the installed TRL is one of these versions."""
     return SpecifierSet(specifier).contains(version("trl"), prereleases=True)
+
+
+def transformers_is(specifier: str) -> bool:
+    """Whether the installed transformers is one of these versions."""
+    return SpecifierSet(specifier).contains(version("transformers"), prereleases=True)
 
 
 def versions() -> str:

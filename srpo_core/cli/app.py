@@ -2,6 +2,7 @@
 
 import typer
 
+from srpo_core.cli.added import add_commands
 from srpo_core.cli.demo import demo
 from srpo_core.cli.doctor import doctor
 from srpo_core.cli.import_ import import_
@@ -25,3 +26,4 @@ for command in (report, show, segment, weights, doctor):
 app.command("import", cls=TagCommand)(import_)
 # The demo has options of its own, --help among them.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(demo)
+add_commands(app)

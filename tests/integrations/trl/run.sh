@@ -13,7 +13,7 @@ python=.venv-trl/bin/python
 [ -x $python ] || python3 -m venv .venv-trl
 if ! $python -c "import trl, peft, pytest, hypothesis, rich, typer, srpo_trl" 2>/dev/null; then
   # Not the newest TRL there is: the newest that these tests have been run with.
-  $python -m pip install -q --no-compile -c constraints.txt -e ".[trl]" "trl==1.16.*" peft pillow pytest hypothesis rich typer
+  $python -m pip install -q --no-compile -c constraints.txt -e ".[trl]" "trl==1.16.*" peft pytest hypothesis rich typer
 fi
 if $python -c "import torchvision" 2>/dev/null; then
   echo "torchvision is installed in .venv-trl: beside a CPU build of torch it breaks transformers' imports" >&2
@@ -22,7 +22,7 @@ fi
 
 $python -m pytest -q -W ignore -p no:cacheprovider tests/integrations/trl "$@"
 if [ $# -eq 0 ]; then
-  $python -W ignore -m srpo_trl.example --steps 3 --warm-up 30 | tail -n 3
+  $python -W ignore -m srpo_trl.example --steps 3 --warm-up 30 --output "$(mktemp -d)" | tail -n 10
 fi
 $python -c "
 from importlib.metadata import version

@@ -14,10 +14,10 @@ from trl import GRPOConfig, TrlParser
 import srpo_core
 from srpo_core import options
 from srpo_core.options import adapter_options
-from srpo_core.rollouts import read_rollouts
+from srpo_core.rollouts import RecordingOptions, read_rollouts
 
 CORE = {f"srpo_{name}": field for name, field in adapter_options().items()}
-OURS = {"srpo_rollouts", "srpo_correct"}  # where to write what: not an option of the method
+OURS = {f"srpo_{field.name}" for field in dataclasses.fields(RecordingOptions)}  # they only record
 AS_LISTS = {"srpo_perception_tags", "srpo_reasoning_tags", "srpo_answer_tags"}
 OR_A_FUNCTION = {"srpo_baseline": options.Baseline, "srpo_weight_map": options.WeightMap}
 
@@ -90,6 +90,16 @@ def test_every_field_is_read(tmp_path, name, source):
     assert [str(part) for part in (found if name in AS_LISTS else [found])] == written
 
 
+def test_what_is_recorded_is_read_from_the_command_line(tmp_path):
+    assert {"srpo_rollouts", "srpo_correct", "srpo_metrics", "srpo_summary"} == OURS
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    (config,) = TrlParser(SRPOConfig).parse_args_and_config(arguments)
+    assert config.srpo_recording() == RecordingOptions()
+    arguments += ["--srpo_metrics", "all", "--srpo_summary", "false", "--srpo_rollouts", "a.jsonl"]
+    (config,) = TrlParser(SRPOConfig).parse_args_and_config([*arguments, "--srpo_correct", ">=1"])
+    assert config.srpo_recording() == RecordingOptions(metrics="all", summary=False, rollouts="a.jsonl", correct=">=1")
+
+
 def test_answers_may_have_no_tags(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nsrpo_answer_tags: []\n")
@@ -107,6 +117,7 @@ def test_answers_may_have_no_tags(tmp_path):
         ({"srpo_perception_tags": ["<see>"]}, "^srpo_perception_tags must be"),
         ({"srpo_perception_tags": ["<think>", "</see>"]}, "each tag must mean one thing"),
         ({"srpo_mix": 2.0}, "^srpo_mix must be in"),
+        ({"srpo_metrics": "few"}, "^srpo_metrics must be one of 'main', 'all', got 'few'"),
         ({"srpo_bound": 0.5, "srpo_weight_map": "sigmoid"}, "only srpo_weight_map 'exp_tanh' or .* reads it"),
         ({"srpo_reliance_spans": -1}, "^srpo_reliance_spans must be at least 0, got -1"),
         ({"srpo_reliance_spans": 1.5}, "^srpo_reliance_spans must be a whole number at least 0, got 1.5"),

@@ -25,13 +25,15 @@ TOLERANCE = 1e-5  # nats
 class Recorded:
     """One generation batch of two prompts with four responses each, and every pass that the core was given of it."""
 
-    def __init__(self, family, *, images_per_row=1, **options):
+    def __init__(self, family, *, images_per_row=1, shares=True, **options):
         images = (lambda row: 1 + row % 2) if images_per_row == "1 or 2" else (lambda row: images_per_row)
         dataset = make_dataset(2, images_per_row=images)
         rollouts = Rollouts()
         trainer = make_trainer(
             family=family, dataset=dataset, rollouts=rollouts, per_device_train_batch_size=8, **options
         )
+        if not shares:
+            trainer._srpo_scorer = None
         self.rows = [row for row in dataset for _ in range(4)]
         with watching() as made:
             self.batch = rollout_batch(trainer, self.rows)
@@ -119,11 +121,14 @@ class Recorded:
             image_std=processor.image_std,
         )
 
-    def largest_error(self, log_probs, responses, corruption=None):
+    def largest_error(self, log_probs, responses, corruption=None, *, unread=None):
+        """Over all tokens but those that nothing reads, of each row: what a donor perceived has no log-prob."""
         errors = []
         for row, response in enumerate(responses):
-            expected = self.one_by_one(row, response, corruption)
-            errors.append((log_probs[row, : len(response)] - expected).abs().max())
+            difference = (log_probs[row, : len(response)] - self.one_by_one(row, response, corruption)).abs()
+            if unread is not None:
+                difference = torch.cat([difference[: unread[row].start], difference[unread[row].stop :]])
+            errors.append(difference.max())
         return torch.stack(errors).max().item()
 
 
@@ -147,8 +152,11 @@ def test_own_and_corrupted_scores_match_one_by_one_scoring(family):
 @families
 def test_swapped_scores_match_one_by_one_scoring(family):
     recorded = record(family)
-    swapped = [recorded.with_perception(row, recorded.perception(recorded.donor(row))) for row in range(8)]
-    assert recorded.largest_error(recorded.passes[2], swapped) <= TOLERANCE
+    lent = [recorded.perception(recorded.donor(row)) for row in range(8)]
+    swapped = [recorded.with_perception(row, perception) for row, perception in enumerate(lent)]
+    unread = [slice(1, 1 + len(perception)) for perception in lent]
+    assert recorded.largest_error(recorded.passes[2], swapped, unread=unread) <= TOLERANCE
+    assert recorded.largest_error(record(family, shares=False).passes[2], swapped) <= TOLERANCE
 
 
 @families
@@ -163,7 +171,10 @@ def test_dropped_scores_under_the_corrupted_image_match_one_by_one_scoring(famil
     options = {"srpo_counterfactual_image": "corrupted", "srpo_corruption": "gray"}
     recorded = record(family, srpo_counterfactual="drop", **options)
     dropped = [recorded.with_perception(row, []) for row in range(8)]
-    assert recorded.largest_error(recorded.passes[2], dropped, "gray") <= TOLERANCE
+    in_front = [slice(0, 1)] * 8  # of the perception: what comes before the change is not scored again
+    assert recorded.largest_error(recorded.passes[2], dropped, "gray", unread=in_front) <= TOLERANCE
+    plain = record(family, srpo_counterfactual="drop", shares=False, **options)
+    assert recorded.largest_error(plain.passes[2], dropped, "gray") <= TOLERANCE
 
 
 @families
@@ -290,7 +301,9 @@ def test_masking_is_refused_where_it_is_not_removal(family, monkeypatch):
     with pytest.raises(ValueError, match=f"srpo_counterfactual='mask' is exact only for .*{family} would"):
         make_trainer(family=family, srpo_counterfactual="mask")
     monkeypatch.setattr("srpo_trl.trainer.MASK_IS_REMOVAL", {family})  # past the check: it would have been wrong
-    assert dropped_error(record(family, srpo_counterfactual="mask")) > 100 * TOLERANCE
+    assert dropped_error(record(family, srpo_counterfactual="mask", shares=False)) > 100 * TOLERANCE
+    # With shared prefixes hidden tokens are left out, which is removal in every family.
+    assert dropped_error(record(family, srpo_counterfactual="mask", shares=True)) <= TOLERANCE
 
 
 @families
@@ -320,6 +333,7 @@ def test_images_of_one_prompt_are_corrupted_differently_and_those_of_its_rollout
     image = make_image(0)
     dataset = make_dataset(2, images_per_row=lambda row: 2).map(lambda row: {"images": [image, image]})
     trainer = make_trainer(dataset=dataset, per_device_train_batch_size=8, srpo_corruption="noise")
+    trainer._srpo_scorer = None
     score, seen = trainer._get_per_token_logps_and_entropies, []
     trainer._get_per_token_logps_and_entropies = lambda *args, **vision: (
         seen.append(vision["pixel_values"].view(16, 16, -1)) or score(*args, **vision)

@@ -18,6 +18,8 @@ def folder(tmp_path_factory):
     for command in ([*torchrun, WORKER, str(folder), "2"], [sys.executable, WORKER, str(folder), "1"]):
         run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
+        # Of several ranks one says in words what a step did.
+        assert run.stdout.count("step 1: ") == len(SCENARIOS), run.stdout[-3000:]
     return folder
 
 

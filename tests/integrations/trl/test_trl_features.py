@@ -14,6 +14,7 @@ from training import Rollouts, make_dataset, make_trainer, rollout_batch, train,
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from srpo_core.batch import MAIN_METRICS
 from srpo_core.tags import BrokenReason
 
 SCORE = "_get_per_token_logps_and_entropies"
@@ -186,6 +187,7 @@ def test_passes_no_more_than_needed():
         counts = []
         for trainer_class in (SRPOTrainer, GRPOTrainer):
             trainer = make_trainer(trainer_class, **options)
+            trainer._srpo_scorer = None  # with it prefixes are shared: test_trl_shared.py
             with mock.patch.object(trainer, SCORE, side_effect=trainer._get_per_token_logps_and_entropies) as score:
                 rollout_batch(trainer)
             counts.append(score.call_count)
@@ -214,15 +216,39 @@ def test_old_log_probs_are_not_reused_where_dropout_made_them_random():
     assert torch.equal(own, made[0].passes[0])  # in eval mode, so that contrasts hold no noise
 
 
+def logged_names(entry, prefix="srpo/"):
+    return {name.removeprefix(prefix) for name in entry if name.startswith(prefix)}
+
+
+def test_the_main_metrics_are_logged_and_nothing_else_of_ours():
+    trainer = make_trainer(
+        max_steps=1,
+        srpo_correct=">=1",
+        trainer_options={"eval_dataset": make_dataset(4)},
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    # These rollouts come with log-probs of another engine, whose gap is logged beside the scores.
+    names = {*MAIN_METRICS, "seconds", "engine/gap/mean", "engine/gap/p95", "engine/score/mean"}
+    assert logged_names(trainer.state.log_history[0]) == names
+    trainer.evaluate()
+    assert logged_names(trainer.state.log_history[-1], "eval_srpo/") == names
+
+
 def test_metrics_have_every_name_the_docs_list():
-    trainer = make_trainer(max_steps=1, trainer_options={"eval_dataset": make_dataset(4)}, per_device_eval_batch_size=4)
+    trainer = make_trainer(
+        max_steps=1,
+        srpo_metrics="all",
+        trainer_options={"eval_dataset": make_dataset(4)},
+        per_device_eval_batch_size=4,
+    )
     trainer.train()
     names = [f"weight/{role}/{what}" for role in ("perception", "reasoning") for what in ("mean", "min", "max", "mass")]
     names += ["score/perception/mean", "score/reasoning/mean", "structured/fraction", "broken/fraction"]
     names += [f"broken/{reason.name.lower()}" for reason in BrokenReason if reason]
     names += ["swap/coverage", "advantage/zero", "advantage/cosine", "corruption/unchanged", "seconds"]
     logged = trainer.state.log_history[0]
-    assert {f"srpo/{name}" for name in names} <= set(logged)
+    assert {*MAIN_METRICS, *names} - {"right/fraction"} <= logged_names(logged)
     assert logged["srpo/structured/fraction"] == logged["srpo/swap/coverage"] == 1.0
     assert 0.5 < logged["srpo/advantage/cosine"] < 1.0
     assert 0 < logged["srpo/seconds"] < logged["step_time"]
@@ -238,7 +264,7 @@ def test_malformed_responses_are_counted_by_reason_and_keep_weight_one():
             output["completion_ids"][0].remove(closing)
             return output
 
-    trainer = make_trainer(rollouts=Broken(), max_steps=1)
+    trainer = make_trainer(rollouts=Broken(), max_steps=1, srpo_metrics="all")
     with watching() as made:
         trainer.train()
     logged = trainer.state.log_history[0]

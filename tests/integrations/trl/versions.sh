@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Strength 0 against GRPOTrainer, bit for bit, on several TRL versions, each in an environment of its own.
 #
-#   bash tests/integrations/trl/versions.sh                 # the versions of docs/trl.md
+#   bash tests/integrations/trl/versions.sh                 # the versions of docs/how-to/trl.md
 #   bash tests/integrations/trl/versions.sh 1.14.2 1.16.0   # others
 #
-# Needs about 1.5 GB and a few minutes for each version. Ends with the rows of the table in docs/trl.md.
+# Needs about 1.5 GB and a few minutes for each version. Ends with the rows of the table in docs/how-to/trl.md.
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
 export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1

@@ -1,0 +1,115 @@
+"""How far an inference engine's log-probs are from the trainer's own, beside the contrasts that are measured."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from srpo_core.masking import at_least_float32, log_ratio_of, masked_mean
+from srpo_core.roles import role_masks
+from srpo_core.typechecking import typechecked
+
+__all__ = ["EngineGapWatch", "engine_gap"]
+
+logger = logging.getLogger("srpo_core")
+
+_ABSENT = float("nan")
+
+
+@typechecked
+def engine_gap(
+    log_probs: Float[Tensor, "batch time"],
+    roles: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    scores: Float[Tensor, "batch time"],
+    engine_log_probs: Float[Tensor, "batch time"],
+) -> dict[str, Float[Tensor, ""]]:
+    r"""Metrics of the gap between an inference engine's log-probs and the trainer's own, and of the scores beside it.
+
+    .. math:: g_t = \lvert \log \pi_\text{trainer}(y_t) - \log \pi_\text{engine}(y_t) \rvert
+
+    ``engine/gap/mean`` and ``engine/gap/p95`` are the mean and the 95th percentile of :math:`g_t` over response tokens,
+    nats. ``engine/score/mean`` is the mean absolute score of perception and reasoning tokens, nats. Where the gap is
+    the larger of the two, a contrast between a log-prob of the engine and one of the trainer would show the engines and
+    not the image. There is no host sync; :func:`~srpo_core.batch.logged` leaves out what is NaN.
+
+    Args:
+        log_probs: Each sampled token by the trainer's own forward pass, nats.
+        roles: What each token does, :class:`~srpo_core.Role`.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        scores: Score of each token under its role, nats, as in :class:`~srpo_core.Credit`.
+        engine_log_probs: The same tokens as the engine that sampled them reported them, nats, at the same temperature.
+            NaN where the engine reported none: such a token has no part in the gap.
+
+    Returns:
+        Detached 0-d tensors, at least 0; NaN where there is no token to measure.
+
+    Example:
+        >>> from srpo_core.engine_gap import engine_gap
+        >>> roles = torch.tensor([[Role.PERCEPTION, Role.REASONING, Role.OTHER]])
+        >>> metrics = engine_gap(torch.tensor([[-1.0, -2.0, -3.0]]), roles, roles >= 0,
+        ...                      scores=torch.tensor([[0.2, -0.4, 0.0]]),
+        ...                      engine_log_probs=torch.tensor([[-1.25, -1.5, -3.0]]))
+        >>> metrics["engine/gap/mean"], metrics["engine/gap/p95"], metrics["engine/score/mean"]
+        (tensor(0.2500), tensor(0.4750), tensor(0.3000))
+    """
+    dtype = at_least_float32(torch.promote_types(log_probs.dtype, engine_log_probs.dtype))
+    own, engine = log_probs.detach().to(dtype), engine_log_probs.detach().to(dtype)
+    known = mask & ~engine.isnan()
+    gap = log_ratio_of(own, engine, known).abs()
+    scored = role_masks(roles, mask).scored()
+    return {
+        "engine/gap/mean": masked_mean(gap, known, empty=_ABSENT),
+        "engine/gap/p95": _quantile(gap, known, 95),
+        "engine/score/mean": masked_mean(scores.detach().abs(), scored, empty=_ABSENT),
+    }
+
+
+def _quantile(values: Tensor, where: Tensor, percent: int) -> Tensor:
+    """A quantile of the selected values, linearly interpolated. ``torch.quantile`` takes no more than 2^24 values."""
+    if values.numel() == 0:
+        return values.new_full((), _ABSENT)
+    ordered, count = torch.where(where, values, torch.inf).flatten().sort().values, where.sum()
+    # In whole numbers: a float32 rank is wrong beyond 2^24 tokens, and devices may lack float64.
+    rank = percent * (count - 1).clamp(min=0)
+    low, high = (ordered.take(at) for at in (rank // 100, torch.minimum(rank // 100 + 1, (count - 1).clamp(min=0))))
+    return torch.where(count > 0, low + (rank % 100).to(values.dtype) / 100 * (high - low), _ABSENT)
+
+
+class EngineGapWatch:
+    """Warns once in a run where the engine's gap is larger than the scores that are measured.
+
+    Args:
+        warns: Whether this process warns: of several that see the same batches, one does.
+
+    Example:
+        >>> from srpo_core.engine_gap import EngineGapWatch
+        >>> watch = EngineGapWatch()
+        >>> watch.look({"engine/gap/mean": torch.tensor(0.01), "engine/score/mean": torch.tensor(0.2)})
+        False
+    """
+
+    def __init__(self, *, warns: bool = True) -> None:
+        self._warns = warns
+
+    def look(self, metrics: Mapping[str, Tensor]) -> bool:
+        """Look at the metrics of :func:`engine_gap` and say whether the gap is the larger one; waits for the device.
+
+        Args:
+            metrics: Of one rollout batch. NaN, where nothing was measured, is no reason to warn.
+        """
+        gap, score = float(metrics["engine/gap/mean"]), float(metrics["engine/score/mean"])
+        is_larger = gap > score
+        if is_larger and self._warns:
+            self._warns = False
+            logger.warning(
+                "SRPO: the inference engine's log-probs differ from the trainer's own by %.2f nats a token on average, "
+                "and the scores are %.2f nats on average: take every log-prob that SRPO compares from the trainer's "
+                "forward pass, and bring the engine closer to it (the same dtype and the same image sizes)",
+                gap,
+                score,
+            )
+        return is_larger
