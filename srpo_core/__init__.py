@@ -1,7 +1,7 @@
 """Role-aware token credit for GRPO on vision-language models.
 
-SRPO (Structured Role-aware Policy Optimization, arXiv:2605.07274) as its abstract describes it. One path, one pure
-function an arrow::
+SRPO (Structured Role-aware Policy Optimization, arXiv:2605.07274) as its abstract describes it. There is one path, and
+each arrow is one pure function::
 
     response tokens --segment--> roles --+
     image --corrupt--> views --policy--> log-probs --contrast--> scores --shared baseline--> weights

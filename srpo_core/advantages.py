@@ -29,11 +29,11 @@ def group_advantages(
     normalization: Normalization = "std",
     epsilon: float = 1e-4,
 ) -> Float[Tensor, " batch"]:
-    r"""Advantage of each response over the others that answer the same prompt.
+    r"""The advantage of each response over the other responses to the same prompt.
 
-    ``std`` (GRPO) is :math:`(r_i - \bar r) / (\sigma + \epsilon)` with the unbiased standard deviation, ``none``
-    (Dr. GRPO) is :math:`r_i - \bar r`, ``leave_one_out`` (RLOO) subtracts the mean of the *other* rewards. A group
-    of one, and a group of equal rewards, has advantage exactly 0.
+    ``std`` (GRPO) is :math:`(r_i - \bar r) / (\sigma + \epsilon)` with the unbiased standard deviation, ``none`` (Dr.
+    GRPO) is :math:`r_i - \bar r`, ``leave_one_out`` (RLOO) subtracts the mean of the *other* rewards. In a group of one
+    response, and in a group of equal rewards, every advantage is exactly 0.
 
     Args:
         rewards: One per response, any unit.
@@ -42,7 +42,7 @@ def group_advantages(
         epsilon: Added to the standard deviation, in the unit of the reward, at least 0.
 
     Returns:
-        Detached advantages in float32, or float64 if the rewards are. Memory is batch squared.
+        Detached advantages in float32, or float64 if the rewards are. The memory grows with the square of the batch.
 
     Raises:
         ValueError: If `normalization` is unknown or `epsilon` out of range; outside ``torch.compile`` also if a reward
@@ -73,10 +73,10 @@ def role_advantages(
     advantages: Float[Tensor, " batch"],
     mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, "batch time"]:
-    r"""Token advantages :math:`A_{i,t} = w_{i,t} A_i`, 0 at padding: the sign is the response's, the size the token's.
+    r"""Token advantages :math:`A_{i,t} = w_{i,t} A_i`, the response's advantage times the token's weight; 0 at padding.
 
-    Weights are positive and the clipped objective scales with its advantage, so weighting the advantage is weighting
-    the loss: pass the result where a trainer takes advantages per token.
+    Weights are positive, and the clipped objective is proportional to its advantage, so weighting the advantage weights
+    the loss. Pass the result to a trainer that takes one advantage for each token.
 
     Args:
         weights: From :func:`~srpo_core.shared_baseline_weights`.

@@ -32,19 +32,19 @@ def visual_dependency(
 
     ``positive`` is :math:`\max(\delta_t, 0)`, ``abs`` :math:`|\delta_t|` and ``k3``
     :math:`e^{-\delta_t} + \delta_t - 1`, each clipped in the same way. Where both contexts bar the token
-    (:math:`-\infty`) :math:`\delta_t` is 0, where one does :math:`\pm 20`. For a divergence of the full distributions
-    use :func:`~srpo_core.token_divergence` and pass it on as the score.
+    (:math:`-\infty`), :math:`\delta_t` is 0; where one context does, it is :math:`\pm 20`. For a divergence of the full
+    distributions use :func:`~srpo_core.token_divergence` and pass it on as the score.
 
     Both sides must come from one code path (engine, dtype, temperature, micro-batching) in eval mode: an inference
     engine's log-probs differ from the trainer's by more than many contrasts do.
 
     Args:
         log_probs: Each token under the original image, nats.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         corrupted_log_probs: The same tokens under the corrupted image, nats.
         kind: Which contrast.
-        clip: :math:`c`, nats, above 0.
+        clip: :math:`c`, the bound of a score in nats, above 0.
 
     Returns:
         Detached scores in [-clip, clip], in [0, clip] for all kinds but ``log_ratio``.
@@ -77,17 +77,17 @@ def perception_consistency(
 ) -> Float[Tensor, "batch time"]:
     r"""How much, in nats, each reasoning token depends on the perception before it; 0 at every other token.
 
-    .. math:: s_t = \operatorname{clip}\bigl(\log \pi(o_t \mid q, I, p, r_{<t})
-        - \log \pi(o_t \mid q, I, \tilde p, r_{<t}),\ -c,\ c\bigr)
+    .. math:: s_t = \operatorname{clip}\bigl(\log \pi(o_t \mid q, I, o_{<t})
+        - \log \pi(o_t \mid q, I, \tilde o_{<t}),\ -c,\ c\bigr)
 
     Args:
-        log_probs: Each token after its own perception :math:`p`, nats.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        log_probs: Each token after the response's own perception, nats.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
-        counterfactual_log_probs: The same tokens after the counterfactual :math:`\tilde p`, nats, carried back to
-            the original positions by :meth:`~srpo_core.counterfactuals.CounterfactualResponses.carry_back`.
+        counterfactual_log_probs: The same tokens after another perception, nats, carried back to the original positions
+            by :meth:`~srpo_core.counterfactuals.CounterfactualResponses.carry_back`.
         kind: Which contrast; see :func:`visual_dependency`.
-        clip: :math:`c`, nats, above 0.
+        clip: :math:`c`, the bound of a score in nats, above 0.
 
     Returns:
         Detached scores in [-clip, clip], in [0, clip] for all kinds but ``log_ratio``.

@@ -1,27 +1,28 @@
-"""Images and processor outputs -> the same with less to see in them: seeded, shared by a group, shape-preserving.
+"""Images and processor outputs -> the same with less to see in them: seeded, and the same for a whole group.
 
 ================= =================================================== ====================================== =======
-kind              what is left of the image                           ``amount``: unit and range             default
+kind              what is done to the image                           ``amount``: unit and range             default
 ================= =================================================== ====================================== =======
-``patch_mask``    that share of its patches is painted black          share of patches, (0, 1]               0.6
-``black``         a black image                                       none
-``gray``          a mid-gray image                                    none
+``patch_mask``    a share of its patches is painted black             share of patches, (0, 1]               0.6
+``black``         it becomes black                                    none
+``gray``          it becomes mid-gray                                 none
 ``noise``         Gaussian noise is added, cut off at black and white s.d. in black-to-white ranges, above 0 0.5
-``blur``          Gaussian blur                                       s.d. in pixels, above 0                10
-``pixelate``      square blocks, each in its mean color               side of a block, whole pixels from 2   28
-``patch_shuffle`` that share of its patches changes places            share of patches, (0, 1]               1
-``other_image``   another prompt's image instead                      none
+``blur``          it is blurred by a Gaussian                         s.d. in pixels, above 0                10
+``pixelate``      it becomes square blocks, each in its mean color    side of a block, whole pixels from 2   28
+``patch_shuffle`` a share of its patches changes places               share of patches, (0, 1]               1
+``other_image``   another prompt's image takes its place              none
 ``none``          refused: no pixel tensor says "there is no image"   none
 ================= =================================================== ====================================== =======
 
 Patches are drawn without replacement: an image loses ``round(amount * patches)`` of them, at least one. Kinds and
-amounts are this project's choice, as SRPO's are not published with it; masking a share of 0.6 follows PAPO.
-A blank image can be a valid one ("how many? 0"): ``black`` and ``gray`` then make true zeros look like filler.
+amounts are choices of this project, because SRPO's own are not public; the share of 0.6 follows PAPO. A blank image can
+be a valid image ("how many? 0"). With ``black`` and ``gray`` a true zero then looks like a token that does not depend
+on the image.
 
-**One draw per image of a prompt.** The private generator is keyed on (seed, step, prompt id, image of the prompt,
-tile of the image) and draws on the CPU, so that a group's rollouts see the identical corruption whatever the batch,
-the device or the dtype, and PyTorch's global random state stays as it was. All frames of a video share the draw: what
-one frame hides, the next does not give away. ``other_image`` draws nothing; what it puts there depends on the batch.
+**One draw per image of a prompt.** The private generator is keyed on (seed, step, prompt id, image of the prompt, tile
+of the image) and draws on the CPU, so that a group's rollouts see the identical corruption whatever the batch, the
+device or the dtype, and PyTorch's global random state stays as it was. All frames of a video share the draw, so that no
+frame shows what another one hides. ``other_image`` draws nothing; which image it takes depends on the batch.
 """
 
 import hashlib
@@ -59,28 +60,29 @@ def corrupt_images(
     seed: int = 0,
     step: int = 0,
 ) -> Real[Tensor, "batch channel height width"]:
-    """Corrupted copies of images that no processor has touched yet.
+    """Corrupted copies of images, made before a processor sees them.
 
     Args:
         images: Pixels: uint8 in 0..255 or floating point in [0, 1]. Black is 0.
-        prompt_ids: The prompt that each image belongs to; any integers that name a prompt wherever it turns up, such
-            as its place in the dataset. Images with the same id share one draw.
+        prompt_ids: The prompt that each image belongs to: any integers that name the same prompt everywhere, such as
+            its place in the dataset. Images with the same id share one draw.
         image_index: Which of its prompt's images each one is, so that the images of one prompt are corrupted
             differently. None: 0 for all.
         kind: The corruption, see the module's table.
-        amount: How much of it, in the kind's own unit, see the table. None: the kind's default.
-        patch_size: Side of a patch in pixels (``patch_mask``, ``patch_shuffle``): what one token of the language model
-            sees. One number, or height and width in any form in which configs hold them. Patches at the right and
+        amount: The amount of the corruption, in the unit of its kind (see the table). None: the kind's default.
+        patch_size: The side of a patch in pixels (``patch_mask``, ``patch_shuffle``): what one token of the language
+            model sees. One number, or height and width in any form in which configs hold them. Patches at the right and
             bottom border may be cut off; ``patch_shuffle`` leaves those in place.
-        unchanged: What to do when an image of more than one color comes out as it went in: all masked patches were
-            black already, it is a single patch, or the batch holds no other image for ``other_image``. "keep" accepts
-            it; its contrast is then 0.
-        seed: First part of the key of the draw; any integer.
-        step: Second part: a new optimizer step, a new draw.
+        unchanged: What to do when the corruption leaves an image of more than one color as it was, because all masked
+            patches were black already, because it is a single patch, or because the batch holds no other image for
+            ``other_image``. "raise" is an error; "keep" accepts the image, whose contrast is then 0.
+        seed: The first part of the key of the draw; any integer.
+        step: The second part of the key: each optimizer step has a new draw.
 
     Returns:
-        A new tensor of the same shape, dtype and device. ``other_image`` takes the image of the next larger prompt id
-        in the batch, the smallest after the largest, that differs; resized if need be, its frames repeated or dropped.
+        A new tensor of the same shape, dtype and device. With ``other_image`` each image becomes a different image of
+        the batch, that of the next larger prompt id, or of the smallest id after the largest. It is resized where sizes
+        differ, and its frames are repeated or dropped.
 
     Raises:
         TypeError: If the images are integers other than uint8.

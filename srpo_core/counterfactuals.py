@@ -19,10 +19,10 @@ class CounterfactualResponses(NamedTuple):
 
     Attributes:
         token_ids: The new responses, filled up with ``pad_token_id``.
-        mask: True at tokens the policy sampled, a donor's included; False at padding and at tool outputs.
+        mask: True at tokens that the policy sampled, including those of a donor; False at padding and at tool outputs.
         attention_mask: True at tokens that may be attended, tool outputs included. Only ``kind="mask"`` hides any.
-        positions: Where each original token sits in the new response; -1 for removed perception and for padding.
-        donors: Row whose perception replaced this row's; -1 for none.
+        positions: The place of each original token in the new response; -1 for removed perception and for padding.
+        donors: The row whose perception replaced that of each row; -1 where there is none.
     """
 
     token_ids: Int[Tensor, "batch new_time"]
@@ -40,12 +40,14 @@ class CounterfactualResponses(NamedTuple):
     ) -> Float[Tensor, "batch time"]:
         """Log-probabilities of the new responses, each at the place of its original token.
 
-        A token that the counterfactual tells nothing about keeps its original log-probability, so that its contrast is
-        exactly 0: removed perception, everything before it (the context is the same), padding, and unchanged rows.
+        A token about which the counterfactual says nothing keeps its original log-probability, so that its contrast is
+        exactly 0. These are the tokens of the removed perception, all tokens before it (their context is the same),
+        padding, and unchanged rows.
 
         Args:
-            log_probs: Of the new responses, in nats: ``log_probs[b, t]`` scores ``self.token_ids[b, t]``.
-            original_log_probs: Of the original responses, in nats, from the same code path.
+            log_probs: Log-probabilities of the new responses, nats: ``log_probs[b, t]`` scores
+                ``self.token_ids[b, t]``.
+            original_log_probs: Log-probabilities of the original responses, nats, from the same code path.
 
         Raises:
             ValueError: If a shape is not that of the responses.
@@ -84,23 +86,24 @@ def counterfactual_responses(
     boundary: Bool[Tensor, "batch time"] | None = None,
     pad_token_id: int = 0,
 ) -> CounterfactualResponses:
-    """Responses with their perception taken away, to be scored by the policy once more.
+    """Responses with their perception replaced, removed or hidden, for the policy to score once more.
 
-    The perception of a row is its ``PERCEPTION`` tokens that are not ``boundary``, all blocks together. What becomes of
-    it, by ``kind``:
+    The perception of a row is its ``PERCEPTION`` tokens that are not ``boundary``, of all its blocks together. ``kind``
+    says what is done with it:
 
     - ``swap``: another row's perception takes its place. The donor is the first row after this one, in cyclic order,
-      whose perception differs (by `perception_keys`, else as token ids) and is not empty: among the rows of the same
-      group if one does, else among all. A row without a perception, or without a donor, stays as it is.
+      whose perception differs (by `perception_keys`, else by token ids) and is not empty. It is looked for in the same
+      group first, then among all rows. A row without a perception, or without a donor, stays as it is.
     - ``drop``: it is removed; the tags stay.
-    - ``mask``: it stays but must not be attended. For models of pure attention only: a recurrent state sees it anyway.
+    - ``mask``: it stays, but must not be attended. This works for models of pure attention only, because a recurrent
+      state sees it anyway.
 
-    Choices of this project, where others are possible: a donor's perception enters whole where the row's first block
-    begins, even if either has several blocks, and further blocks are left empty. Straddling tokens (``boundary``) stay,
-    although they hold some content. Tokens with a false ``mask`` that a real one follows (tool outputs) stay as
-    context, attended but not scored; only those after the last real token are padding.
+    Some details are choices of this project. The whole perception of a donor is put where the row's first block begins,
+    even if either row has several blocks, and further blocks are left empty. Tokens that share characters with a tag
+    (``boundary``) stay, although they hold some content. Tokens where ``mask`` is False stay as context if a real token
+    follows (tool outputs): they are attended and not scored. Only the tokens after the last real one are padding.
 
-    Waits for the device, to learn the new length: meant to run once per rollout batch.
+    The function waits for the device to learn the new length. Call it once per rollout batch.
 
     Args:
         token_ids: Sampled tokens, right-padded.
@@ -109,11 +112,11 @@ def counterfactual_responses(
         kind: What to do with the perception.
         group_ids: Equal where responses answer the same prompt; None: every response answers its own. Read by ``swap``.
         perception_keys: Equal where perceptions say the same; None: where their token ids are equal. Read by ``swap``.
-            Pass them if you can tell: a paraphrase of the same reading is a poor counterfactual, because the reasoning
-            that copies it is as likely as before.
-        boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.roles.Segmentation`; None: no token
-            straddles.
-        pad_token_id: Fills the new responses up.
+            Pass them if you know which perceptions mean the same: a paraphrase of the same reading is a poor
+            counterfactual, because the reasoning that copies it is as likely as before.
+        boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.roles.Segmentation`; None: there
+            are no such tokens.
+        pad_token_id: The token that fills up the new responses.
 
     Raises:
         ValueError: If ``kind`` is unknown; outside ``torch.compile`` also if a role is outside the enum.

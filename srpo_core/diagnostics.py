@@ -241,8 +241,8 @@ def interference(
         up_divergence: After the step on those above 1.
 
     Returns:
-        A detached 0-d ratio, at least 0: 0 where no perception token weighs more than 1, infinite where only the step
-        on the others moved them.
+        A detached 0-d ratio that is at least 0. It is 0 where no perception token weighs more than 1, and infinite
+        where only the step on the other tokens moved the perception.
 
     Example:
         >>> roles = torch.tensor([[Role.PERCEPTION, Role.PERCEPTION, Role.REASONING]])

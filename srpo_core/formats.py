@@ -9,12 +9,12 @@ __all__ = ["FORMATS", "PUBLISHED", "PublishedFormat", "read_format"]
 
 
 class PublishedFormat(NamedTuple):
-    """A format that responses of known models or training recipes have.
+    """The response format of a known model or training recipe.
 
     Attributes:
         tags: Its tags.
-        source: Who asks for it, with the number of the paper where there is one.
-        example: A whole response.
+        source: Who uses it, with the number of the paper if there is one.
+        example: A whole response in this format.
     """
 
     tags: RoleTags
@@ -98,14 +98,14 @@ FORMATS: dict[str, RoleTags] = {name: published.tags for name, published in PUBL
 
 
 def read_format(value: str) -> RoleTags:
-    """The format of a name in :data:`FORMATS`, or of the lines that :meth:`RoleTags.of_grammar` reads.
+    """The format with a name of :data:`FORMATS`, or the one that lines for :meth:`RoleTags.of_grammar` describe.
 
     Args:
-        value: A name, or lines with a ``=`` each.
+        value: A name, or lines with one ``=`` each.
 
     Raises:
-        ValueError: If it is neither; the message is a sentence without its subject, which is whatever the value was
-            given as.
+        ValueError: If it is neither. The message is a sentence without its subject, so that the caller can begin it
+            with the name of the argument.
 
     Example:
         >>> read_format("visionary-r1").perception, read_format("perception = See:; reasoning = Think:").reasoning

@@ -27,7 +27,7 @@ Active = Literal["real", "credited"]
 
 
 class LogProbsAndEntropy(NamedTuple):
-    """Log-prob of each token, nats, and the entropy of the distribution that it was drawn from, nats, detached."""
+    """The log-probability of each token and the entropy of its distribution, detached; both in nats."""
 
     log_probs: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"]
@@ -47,24 +47,24 @@ def fused_linear_log_probs(
 
     .. math:: \log \pi(y_t) = z_{t, y_t} - \log \sum_v e^{z_{t, v}}
 
-    with the logits :math:`z_t` of :class:`~srpo_core.OutputLayer`. Without gradient it costs one product of the logits
-    (2NHV). With a frozen weight (LoRA) the derivative by the hidden states is made at once, and any loss of the
-    log-probs then costs 4NHV; with a trained one the logits are made again in backward, 8NHV: for a GRPO loss
-    :func:`fused_linear_grpo_loss` has it in 6NHV. The arithmetic is the same in every case, so a first update finds a
-    ratio of exactly 1.
+    with the logits :math:`z_t` of :class:`~srpo_core.OutputLayer`. Without a gradient this takes one matrix product
+    (2NHV operations). With a frozen weight (LoRA) the derivative with respect to the hidden states is computed at once,
+    and any loss of the log-probabilities takes 4NHV. With a trained weight the logits are computed again in the
+    backward pass, which makes 8NHV; for a GRPO loss :func:`fused_linear_grpo_loss` needs only 6NHV. The arithmetic is
+    the same in every case, so a first update finds an importance ratio of exactly 1.
 
     Args:
         hidden: ``hidden[b, t]`` predicts ``token_ids[b, t]``: the last hidden states, already shifted by one. A packed
             batch is ``[1, tokens, hidden_dim]``.
-        output: How they become logits.
+        output: How hidden states become logits.
         token_ids: The tokens to score, each in [0, vocab) where `mask` is True.
         mask: True at the tokens to score. Elsewhere the inputs may hold anything, even NaN, and the gradient is 0.
-        active_tokens: At least the number of tokens under `mask`, where the host knows it (a padded size to keep one
-            compiled graph will do): only so many are computed. None: counted on the CPU in eager mode; elsewhere that
-            would stall the device, so all of ``batch * time`` are computed. Too low a number makes the result NaN (on
-            the CPU an error).
-        chunk_tokens: Tokens whose logits, in at least float32, are in memory at a time, at least 1. None: 256 on a
-            CPU, 1024 elsewhere.
+        active_tokens: The number of tokens under `mask`, or a larger number, such as a padded size that keeps one
+            compiled graph: only so many are computed. None: the tokens are counted on the CPU in eager mode; elsewhere
+            counting would stall the device, so all ``batch * time`` tokens are computed. A number that is too low makes
+            the result NaN, and is an error on the CPU.
+        chunk_tokens: How many tokens have their logits in memory at a time, in at least float32; at least 1. None: 256
+            on a CPU, 1024 elsewhere.
 
     Raises:
         ValueError: If a number is out of range, or `hidden` and the weight differ in dtype or hidden size.
@@ -97,11 +97,11 @@ def fused_linear_log_probs_and_entropy(
 
     Args:
         hidden: ``hidden[b, t]`` predicts ``token_ids[b, t]``.
-        output: How they become logits.
+        output: How hidden states become logits.
         token_ids: The tokens to score.
         mask: True at the tokens to score.
-        active_tokens: At least the number of tokens under `mask`.
-        chunk_tokens: Tokens whose logits are in memory at a time.
+        active_tokens: The number of tokens under `mask`, or a larger number.
+        chunk_tokens: How many tokens have their logits in memory at a time.
 
     Raises:
         ValueError: As :func:`fused_linear_log_probs`.
@@ -134,18 +134,20 @@ def fused_linear_divergence(
 ) -> Float[Tensor, "batch time"]:
     """How far, in nats, each next-token distribution moved when its context was changed, from hidden states.
 
-    :func:`~srpo_core.token_divergence` at the cost of two products (4NHV) and without a [tokens, vocab] tensor: a
-    score, for the divergences of :func:`~srpo_core.srpo_advantages`. Detached; 0 at padding.
+    The result is that of :func:`~srpo_core.token_divergence`, from two matrix products (4NHV operations) and without a
+    [tokens, vocab] tensor. Pass it to :func:`~srpo_core.srpo_advantages` as one of its divergences. It is detached, and
+    0 at padding.
 
     Args:
         hidden: Last hidden states under the original context, already shifted by one.
-        output: How they become logits.
+        output: How hidden states become logits.
         mask: True at the tokens to score; elsewhere the inputs may hold anything, even NaN.
         other_hidden: Last hidden states under the changed context.
         kind: Which divergence, as in :func:`~srpo_core.token_divergence`.
-        top_k: Tokens kept apart by ``topk_kl``, at least 1.
-        active_tokens: At least the number of tokens under `mask`, where the host knows it. None: counted on the CPU.
-        chunk_tokens: Tokens whose logits are in memory at a time, at least 1. None: 256 on a CPU, 1024 elsewhere.
+        top_k: How many of the likeliest tokens ``topk_kl`` keeps apart, at least 1.
+        active_tokens: The number of tokens under `mask`, or a larger number. None: they are counted on the CPU.
+        chunk_tokens: How many tokens have their logits in memory at a time, at least 1. None: 256 on a CPU, 1024
+            elsewhere.
 
     Raises:
         ValueError: If `kind` is unknown, a number is out of range, or dtypes or hidden sizes differ.
@@ -176,13 +178,13 @@ def fused_linear_grpo_loss(
     chunk_tokens: int | None = None,
     vocab_columns: int | None = None,
 ) -> LossOutput:
-    r"""GRPO's loss and metrics, as of :func:`~srpo_core.grpo_loss`, from hidden states in one pass over the vocabulary.
+    r"""The loss and metrics of :func:`~srpo_core.grpo_loss`, from hidden states in one pass over the vocabulary.
 
-    For SRPO pass the advantages of :func:`~srpo_core.srpo_advantages`. The loss and its gradients are made together in
-    the forward, in three matrix products (6NHV, where a loss that makes the logits again in backward needs four) and
-    without a [tokens, vocab] tensor: peak memory is flat in the number of tokens. Backward scales the gradients, once;
-    a second backward is an error. A loss that is scaled after the fact (``loss / accumulation_steps``) costs one more
-    pass over the gradients: prefer `normalizer`.
+    For SRPO pass the advantages of :func:`~srpo_core.srpo_advantages`. The loss and its gradients are computed together
+    in the forward pass, in three matrix products (6NHV operations; a loss that computes the logits again in the
+    backward pass needs four products) and without a [tokens, vocab] tensor, so peak memory does not grow with the
+    number of tokens. The backward pass only scales the gradients, and a second backward pass is an error. Scaling the
+    loss afterwards (``loss / accumulation_steps``) costs one more pass over the gradients, so prefer `normalizer`.
 
     ======================  ========================================================================================
     one pass, 6NHV          ``clip``, ``cispo``, ``sapo``, with any KL penalty and reduction; ``gspo`` and
@@ -193,37 +195,41 @@ def fused_linear_grpo_loss(
     without gradient, 2NHV  every surrogate
     ======================  ========================================================================================
 
-    Which one is taken follows from the arguments; the results are the same. Compiles whole; no host sync.
+    The arguments decide which one is taken; the results are the same. The function compiles as a whole and never waits
+    for an accelerator.
 
     Args:
         hidden: ``hidden[b, t]`` predicts ``token_ids[b, t]``: the last hidden states, already shifted by one.
-        output: How they become logits; its weight and bias get gradients where they require them.
+        output: How hidden states become logits; its weight and bias get gradients where they require them.
         token_ids: The sampled tokens, each in [0, vocab) where `mask` is True.
-        advantages: Credit of each token.
+        advantages: The advantage of each token.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN. A packed ``[1, tokens]`` batch
             is one response to ``sequence_mean`` and to GSPO, so both need a padded one.
-        options: The surrogate, the KL penalty, and how losses add up.
+        options: The surrogate, the KL penalty, and how the losses of tokens are added up.
         old_log_probs: The same tokens under the policy that sampled them, nats; best from
             :func:`fused_linear_log_probs`.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.
         normalizer: What the summed loss is divided by, see :func:`~srpo_core.aggregate`.
-        active: Compute every ``real`` token, or only ``credited`` ones, whose advantage is not 0. Loss and gradient
-            are the same, at a cost in proportion; metrics count the others as unchanged (ratio 1). ``credited`` needs
-            `kl_coef` 0 and a surrogate that treats each token by itself.
-        active_tokens: As in :func:`fused_linear_log_probs`; of the tokens that `active` names.
-        chunk_tokens: Tokens whose logits are in memory at a time, at least 1. None: 256 on a CPU, 1024 elsewhere.
-        vocab_columns: Approximate the gradients: the two products keep this many tokens of the vocabulary, at least
-            those of one gradient product, and take the others together, as one of rank one. The loss stays exact.
-            About 1.6 times faster at a quarter of the vocabulary, and closer than bfloat16 rounding where the model is
-            sure; with flat logits it is far off, so watch ``vocab/dropped``. None: exact.
+        active: Whether every ``real`` token is computed, or only the ``credited`` ones, whose advantage is not 0. The
+            loss and the gradient are the same, and the cost falls with the number of tokens; the metrics count the
+            other tokens as unchanged (ratio 1). ``credited`` needs `kl_coef` 0 and a surrogate that treats each token
+            by itself.
+        active_tokens: As in :func:`fused_linear_log_probs`, counting the tokens that `active` selects.
+        chunk_tokens: How many tokens have their logits in memory at a time, at least 1. None: 256 on a CPU, 1024
+            elsewhere.
+        vocab_columns: A number approximates the gradients: the two gradient products keep this many tokens of the
+            vocabulary, at least those of one gradient product, and treat the others together as one product of rank
+            one. The loss stays exact. At a quarter of the vocabulary this is about 1.6 times faster. Where the model is
+            sure, the error is smaller than that of bfloat16 rounding; where the logits are flat it is large, so watch
+            ``vocab/dropped``. None: exact gradients.
 
     Returns:
-        As :func:`~srpo_core.grpo_loss`; with `vocab_columns` also ``vocab/dropped/mean`` and ``vocab/dropped/max``, the
-        probability of the tokens taken together.
+        The result of :func:`~srpo_core.grpo_loss`. With `vocab_columns` its metrics also have ``vocab/dropped/mean``
+        and ``vocab/dropped/max``, the probability of the tokens that are treated together.
 
     Raises:
         ValueError: As :func:`~srpo_core.grpo_loss` and :func:`fused_linear_log_probs`, and if `active` does not fit.
-        RuntimeError: From backward, the second time.
+        RuntimeError: From a second backward pass.
 
     Example:
         >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
@@ -254,8 +260,8 @@ def fused_linear_grpo_loss(
     if choose("active", active, {"real": False, "credited": True}):
         if options.kl_coef > 0.0 or surrogate.is_sequence_level:
             raise ValueError(
-                f"active='credited' with kl_coef={options.kl_coef} and surrogate={surrogate.name!r}: a token without "
-                "an advantage has a gradient there; pass active='real'"
+                f"active='credited' with kl_coef={options.kl_coef} and surrogate={surrogate.name!r}: a token whose "
+                "advantage is 0 has a gradient there; pass active='real'"
             )
         computed = mask & (advantages != 0)
     # A token that is not computed keeps ratio 1: without an advantage its loss is 0 whatever its log-prob.

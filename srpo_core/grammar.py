@@ -27,7 +27,7 @@ JSON = ("json", "")
 
 
 class BrokenReason(IntEnum):
-    """Why a response is malformed, by its first fault; ``NONE`` is well-formed."""
+    """Why a response is malformed: its first fault. ``NONE`` is a well-formed response."""
 
     NONE = 0
     #: No perception block at all.
@@ -56,8 +56,8 @@ class Parsed(NamedTuple):
     """A response taken apart.
 
     Attributes:
-        blocks: The blocks in order; of a broken response, those complete before the fault. Reasoning with perceptions
-            inside comes in pieces, the perceptions between them.
+        blocks: The blocks in order; of a broken response, those that were complete before the fault. Reasoning that
+            holds perceptions comes in pieces, with the perceptions between them.
         reason: The first fault, or ``BrokenReason.NONE``.
         position: Character at which the faulty tag starts (``UNCLOSED``: the tag left open; ``NO_PERCEPTION``: the end
             of the text). None where the response is well-formed.

@@ -27,14 +27,14 @@ def token_log_probs(
 
     .. math:: \log \pi(y_t) = z_{y_t} / T - \log \sum_v e^{z_v / T}
 
-    Computed in float32 (float64 stays float64) and never above zero, whatever offset the logits share. Logits of
-    :math:`-\infty` bar tokens: where one was sampled all the same its log-prob is :math:`-\infty`, and the gradient
-    that a loss of this package sends it is 0, at every logit of the row.
+    The computation is in float32 (float64 stays float64), and no result is above zero, whatever offset the logits
+    share. Logits of :math:`-\infty` bar tokens. If such a token was sampled all the same, its log-probability is
+    :math:`-\infty`, and the losses of this package have gradient 0 at every logit of its row.
 
     Args:
         logits: ``logits[b, t]`` predicts ``token_ids[b, t]``: the model's output, already shifted by one.
-        token_ids: The tokens to score, each in [0, vocab), at padding too.
-        temperature: The one that the rollout was sampled with, above 0.
+        token_ids: The tokens to score, each in [0, vocab), also at padding.
+        temperature: The temperature with which the rollout was sampled, above 0.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -58,7 +58,7 @@ def token_entropy(
 
     Args:
         logits: Next-token logits; :math:`-\infty` bars a token.
-        temperature: Divides the logits, above 0.
+        temperature: What the logits are divided by, above 0.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -82,18 +82,18 @@ def token_divergence(
 ) -> Float[Tensor, "batch time"]:
     r"""How far, in nats, each next-token distribution moved when its context was changed.
 
-    With :math:`p` under the original context and :math:`q` under the changed one:
+    With :math:`p` the distribution under the original context and :math:`q` that under the changed one:
     ``full_kl`` is :math:`\mathrm{KL}(p \| q)`, ``reverse_kl`` is :math:`\mathrm{KL}(q \| p)`, ``jsd`` the
     Jensen-Shannon divergence (at most log 2), and ``topk_kl`` is :math:`\mathrm{KL}(p \| q)` after all but the
     `top_k` likeliest tokens of :math:`p` are pooled in one bucket, so it never exceeds ``full_kl``.
-    Unlike a log-ratio it does not depend on which token was sampled.
+    Unlike a log-ratio, a divergence does not depend on which token was sampled.
 
     Args:
-        logits: Under the original context.
-        other_logits: Under the changed one.
+         logits: Next-token logits under the original context.
+        other_logits: Next-token logits under the changed context.
         kind: Which divergence.
-        temperature: Divides both, above 0.
-        top_k: Tokens kept apart by ``topk_kl``, at least 1.
+        temperature: What both logits are divided by, above 0.
+        top_k: How many of the likeliest tokens ``topk_kl`` keeps apart, at least 1.
 
     Raises:
         ValueError: If `kind` is unknown, or `temperature` or `top_k` out of range.

@@ -20,7 +20,7 @@ _TANGENT_FROM = 5.0
 
 
 class LossOutput(NamedTuple):
-    """A loss to call `backward` on, and what happened on the way."""
+    """A loss to call ``backward`` on, and its metrics."""
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Float[Tensor, ""]]
@@ -37,18 +37,20 @@ def kl_penalty(
     r"""Estimate, from the sampled token, of :math:`\mathrm{KL}(\pi \| \pi_\text{ref})` at each token, nats.
 
     With :math:`\delta = \log \pi_\text{ref}(y_t) - \log \pi(y_t)`: ``k1`` is :math:`-\delta`, ``k2`` is
-    :math:`\delta^2 / 2` and ``k3`` is :math:`e^\delta - \delta - 1`. Gradients flow through the estimate as it
-    stands. The gradient of ``k1`` has mean 0 on-policy, so it penalizes nothing as a loss; log it, train with k2 or k3.
+    :math:`\delta^2 / 2` and ``k3`` is :math:`e^\delta - \delta - 1`. The gradient is that of the estimate itself.
+    On-policy the gradient of ``k1`` has mean 0, so as a loss it penalizes nothing: log ``k1``, and train with ``k2`` or
+    ``k3``.
 
-    Above :math:`\delta` = 5 nats ``k3`` goes on along its tangent. One outlier token would otherwise dominate a batch
-    (:math:`e^{20}` is 5e8), and cutting its value off, as some trainers do, would take the gradient from the very token
-    that has left the reference furthest behind. This is a choice of this project. A token that one of the two policies
-    bars (:math:`-\infty`) has :math:`\delta = \pm 20`, one that both bar 0, and neither has a gradient.
+    Above :math:`\delta` = 5 nats ``k3`` continues along its tangent. Otherwise one outlier token would dominate a batch
+    (:math:`e^{20}` is 5e8). Cutting its value off, as some trainers do, would remove the gradient of just the token
+    that is furthest from the reference. This is a choice of this project. A token that one of the two policies bars
+    (:math:`-\infty`) has :math:`\delta = \pm 20`, and a token that both policies bar has :math:`\delta = 0`; neither
+    has a gradient.
 
     Args:
-        log_probs: Under the policy being trained. The only input with a gradient.
+        log_probs: Each token under the policy being trained, nats. The only input with a gradient.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
-        ref_log_probs: Under the reference.
+        ref_log_probs: The same tokens under the reference policy, nats.
         estimator: Which estimate.
 
     Raises:
@@ -84,14 +86,15 @@ def aggregate(
     ``sum``                   token losses                        1 (`normalizer` is refused)
     ========================  ==================================  ====================================
 
-    A batch that is one of several (gradient accumulation, data parallel ranks) needs the count over all of them as
-    `normalizer`: a mean of means is not the mean. Without any real token the loss is 0, still part of the graph.
+    Where a batch is one of several (gradient accumulation, data-parallel ranks), pass the count over all of them as
+    `normalizer`, because a mean of means is not the mean. Without any real token the loss is 0, and still part of the
+    graph.
 
     Args:
-        token_losses: Loss of each token.
+        token_losses: The loss of each token.
         mask: True at response tokens; elsewhere losses may hold anything, even NaN.
-        reduction: How to add up.
-        normalizer: What the sum is divided by, above 0 (for a tensor, yours to ensure).
+        reduction: How the losses are added up.
+        normalizer: What the sum is divided by, above 0. The value of a tensor is not checked.
 
     Raises:
         ValueError: If `reduction` is unknown, or `normalizer` is out of range, missing or out of place.
@@ -132,16 +135,17 @@ def grpo_loss(
 
     .. math:: \mathcal L = \operatorname{aggregate}_t\bigl(\ell_t + \beta\, \widehat{\mathrm{KL}}_t\bigr)
 
-    Plain GRPO is ``advantages[:, None].expand_as(log_probs)``; for SRPO take the advantages of
-    :func:`~srpo_core.srpo_advantages`. The KL penalty is not weighted. No host sync; compiles whole.
+    For plain GRPO pass ``advantages[:, None].expand_as(log_probs)``, for SRPO the advantages of
+    :func:`~srpo_core.srpo_advantages`. The KL penalty is not weighted. The function never waits for the device, and
+    compiles as a whole.
 
     Args:
         log_probs: Each sampled token under the policy being trained, nats. The only input with a gradient.
-        advantages: Credit of each token.
+        advantages: The advantage of each token.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN. A NaN at a real token makes
             the loss NaN, and so does a log-prob of plus infinity; one of minus infinity is a barred token, whose
             gradient is 0.
-        options: The surrogate :math:`\ell`, the KL penalty :math:`\beta`, and how losses add up.
+        options: The surrogate :math:`\ell`, the weight :math:`\beta` of the KL penalty, and how losses are added up.
         old_log_probs: The same tokens under the policy that sampled them, nats, by the same code path.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.
         normalizer: What the summed loss is divided by, see :func:`aggregate`.

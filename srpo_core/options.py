@@ -70,7 +70,7 @@ def problem_of_amount(kind: str, amount: float | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextOptions(CheckedOptions):
-    """What the responses are read as, and the other contexts that they are scored in."""
+    """How responses are taken apart, and the other contexts in which they are scored."""
 
     perception_tags: tuple[str, str] = option(
         DEFAULT_TAGS.perception, "Opening and closing tag around what the model says it sees."
@@ -93,7 +93,7 @@ class ContextOptions(CheckedOptions):
         "patch_mask", "What is done to the image; `none` scores the prompt without any image."
     )
     corruption_amount: float | None = option(
-        None, "How much of it, in the unit of its kind: a share of patches, a standard deviation, pixels."
+        None, "The amount of the corruption, in the unit of its kind: a share of patches, a standard deviation, pixels."
     )
     seed: int = option(
         0, "Seed of the corruption, whose private generator is keyed on the seed, the step and the prompt."
@@ -103,12 +103,14 @@ class ContextOptions(CheckedOptions):
         "What is done to the perception that the reasoning follows: `swap` it for another response's, `drop` it, or "
         "`mask` it (exact only where masking equals removal).",
     )
-    counterfactual_image: Literal["kept", "corrupted"] = option("kept", "The image in that second context.")
+    counterfactual_image: Literal["kept", "corrupted"] = option(
+        "kept", "The image in the context with the changed perception."
+    )
     reliance_spans: int = option(
         0,
-        "Into how many spans the perception is cut, at most; the response is scored once more without each of them, so "
-        "that perception tokens also count for what the reasoning takes from them. An extension of this project, not "
-        "SRPO's. 0: off.",
+        "The largest number of spans into which the perception is cut. The response is scored once more without each "
+        "span, so that the score of a perception token also says how much the reasoning relies on it. An extension of "
+        "this project, not SRPO's. 0: off.",
         at_least=0,
     )
 
@@ -171,7 +173,7 @@ class CreditOptions(CheckedOptions):
     reliance_mode: RelianceMode = option(
         "product",
         "How reliance enters the scores of perception tokens: `product` multiplies each score by the token's reliance, "
-        "`share` divides their mean out in proportion to reliance.",
+        "`share` distributes the mean of the scores in proportion to reliance.",
     )
     baseline: Baseline | Callable[..., Tensor] = option("token", "What is subtracted from the scores of a trajectory.")
     weight_map: WeightMap | Callable[..., Tensor] = option("exp_tanh", "From centered scores to positive weights.")
@@ -191,9 +193,9 @@ class CreditOptions(CheckedOptions):
         read_by=("weight_map", ("exp_tanh", "exp_clip", "one_plus_tanh")),
     )
     sign: Sign = option(
-        "symmetric", "`advantage`: of a wrong answer, supported tokens are pushed down less instead of more."
+        "symmetric", "With `advantage`, the supported tokens of a wrong answer are pushed down less, instead of more."
     )
-    mix: float = option(1.0, "Share of the weights in their mixture with weight 1.", at_least=0.0, at_most=1.0)
+    mix: float = option(1.0, "The share of the weights in a mixture with weight 1.", at_least=0.0, at_most=1.0)
     mix_warmup_steps: int = option(0, "Optimizer steps over which the mixture ramps up from 0.", at_least=0)
 
     def at_step(self, step: int) -> Self:
@@ -212,7 +214,7 @@ class CreditOptions(CheckedOptions):
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether every weight is 1 whatever the scores are: training is GRPO."""
+        """Whether every weight is 1 whatever the scores are, so that training is GRPO."""
         return self.strength == 0.0 or self.mix == 0.0
 
     def _check_together(self) -> None:
@@ -228,7 +230,7 @@ class CreditOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions(CheckedOptions):
-    """How rewards become advantages. A trainer that an adapter extends has its own."""
+    """How rewards become advantages. A trainer that an adapter extends has its own options for this."""
 
     normalization: Normalization = option("std", "What the centered reward of a response is divided by.")
     epsilon: float = option(
@@ -241,7 +243,7 @@ class GroupOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(CheckedOptions):
-    """How token advantages become a loss. A trainer that an adapter extends has its own."""
+    """How token advantages become a loss. A trainer that an adapter extends has its own options for this."""
 
     surrogate: Surrogate = option(
         Clip(), "The objective of a token; an object, its name, or a mapping with its name and its parameters."
@@ -297,7 +299,7 @@ class SRPOConfig(LossOptions, GroupOptions, CreditOptions, ContextOptions):
             named: How the user wrote an option's name, with ``{}`` where the name goes: ``"srpo_{}"``.
 
         Raises:
-            ValueError: As :meth:`read`; or if a score is a divergence, or `reliance_mode` is set although no reliance
+            ValueError: As for ``read``; or if a score is a divergence, or `reliance_mode` is set although no reliance
                 is measured.
         """
         config = cls.read(values, named=named)

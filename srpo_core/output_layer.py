@@ -1,4 +1,4 @@
-"""What turns hidden states into logits, as one object: weight, bias, temperature, caps and scales, shard."""
+"""One object for what turns hidden states into logits: weight, bias, temperature, caps and scales, shard."""
 
 import inspect
 from collections.abc import Callable
@@ -28,18 +28,18 @@ class VocabShard(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OutputLayer:
-    r"""The layer that makes logits of hidden states, for all fused functions.
+    r"""The layer that turns hidden states into logits, for all fused functions.
 
     .. math:: z = \operatorname{cap}(\gamma (W h + b)) / T, \qquad \operatorname{cap}(x) = c \tanh(x / c)
 
     Attributes:
-        weight: :math:`W`, [vocab, hidden_dim], in the dtype of the hidden states. Tied to the embedding or not. Where
-            it was sharded by rows of parameters (FSDP2), gathered: ``weight.full_tensor()``.
+        weight: :math:`W`, [vocab, hidden_dim], in the dtype of the hidden states. It may be tied to the embedding. If
+            FSDP2 has sharded it, gather it first: ``weight.full_tensor()``.
         bias: :math:`b`, [vocab], or None.
-        temperature: :math:`T`, the one that the rollout was sampled with, above 0.
+        temperature: :math:`T`, the temperature with which the rollout was sampled, above 0.
         logit_softcap: :math:`c`, above 0 (Gemma's ``final_logit_softcapping``), or None.
         logit_scale: :math:`\gamma`, above 0 (Cohere's ``logit_scale``, or 1 over Granite's ``logits_scaling``).
-        shard: Which part of a vocabulary that is sharded over processes; None: `weight` is whole.
+        shard: This process's part of a vocabulary that is sharded over processes; None: `weight` is whole.
 
     Raises:
         ValueError: If a number is out of range, or the bias does not fit the weight.
@@ -75,21 +75,22 @@ class OutputLayer:
 
     @staticmethod
     def of(model: nn.Module, *, temperature: float = 1.0) -> "OutputLayer":
-        """The output layer of a model of transformers, or of one like it, with what its config says about logits.
+        """The output layer of a model of transformers, or of a similar one, with what its config says about logits.
 
-        It looks for ``get_output_embeddings()``, else for ``lm_head``, and for the scale and the soft-cap of the logits
-        in the config, or the text config, of the module that holds the layer. Make it anew after the model has been
-        wrapped, moved or loaded: it holds the very parameters.
+        It is found by ``get_output_embeddings()``, else as ``lm_head``. The scale and the soft-cap of the logits are
+        read from the config, or the text config, of the module that holds the layer. Make a new object after the model
+        was wrapped, moved or loaded, because the object holds the parameters themselves.
 
         Args:
-            model: The model, in DDP or compiled or not.
-            temperature: The one that the rollout was sampled with.
+            model: The model; it may be wrapped in DDP, or compiled.
+            temperature: The temperature with which the rollout was sampled.
 
         Raises:
             ValueError: If the model has no output layer, or one that is not a plain linear layer with a whole weight:
-                wrapped by LoRA, quantized, sharded or offloaded. Nothing is taken of a wrapped layer, because its base
-                weight alone would be the wrong one. Also if the config has a scale or a soft-cap that the model's code
-                does not name: some models of images and text ignore what the config of their language model says.
+                one that is wrapped by LoRA, quantized, sharded or offloaded. A wrapped layer is refused because its
+                base weight alone gives other logits. Also if the config has a scale or a soft-cap that the model's code
+                does not mention, because some vision-language models ignore what the config of their language model
+                says.
 
         Example:
             >>> model = torch.nn.Module()

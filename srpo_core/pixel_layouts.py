@@ -13,8 +13,8 @@ the same                                      nothing: a tile of zeros is paddin
 ``[videos, frames, channels, height, width]`` nothing: last frames of zeros       LLaVA videos
 ============================================= =================================== ========================
 
-``image_sizes`` are in pixels from the top left; a mask has the shape of the pixels without channels. In five axes
-``image_sizes`` are the sizes of the images before they were cut into tiles, and say nothing of padding.
+``image_sizes`` are in pixels from the top left; a mask has the shape of the pixels without channels. With five axes
+``image_sizes`` are the sizes of the images before they were cut into tiles, and say nothing about padding.
 """
 
 import math

@@ -56,7 +56,7 @@ def corrupt_pixel_values(
     seed: int = 0,
     step: int = 0,
 ) -> Float[Tensor, "..."]:
-    """Corrupted copy of what an image processor returned: corrupting first and then processing gives the same.
+    """A corrupted copy of what an image processor returned, as if the image had been corrupted before processing.
 
     Five layouts, told apart by the number of axes and by ``second_axis``; :mod:`srpo_core.pixel_layouts` says which
     families have which. Only the image itself is corrupted: padding around it stays as it was, is no part of the draw,
@@ -72,7 +72,8 @@ def corrupt_pixel_values(
       corrupt such images before the processor, with :func:`~srpo_core.corrupt_images`;
     - ``[videos, frames, channels, height, width]`` with ``second_axis="frames"``, all frames with one draw.
 
-    The number of placeholder tokens stays right, as the shape does: leave grid, ids and attention masks alone.
+    The shape and the number of placeholder tokens stay the same, so leave the grid, the token ids and the attention
+    masks as they are.
 
     Args:
         pixel_values: The processor's output, in one of the layouts above.
@@ -82,12 +83,12 @@ def corrupt_pixel_values(
         image_index: Which of its prompt's images each one is. None: 0 for all.
         image_sizes: Height and width of each image in pixels, from the top left; layout of 4 axes. None: no padding.
         pixel_attention_mask: Nonzero at pixels of the image, which fill one rectangle: the shape of ``pixel_values``
-            without channels, or [images, patches] in the layout of 3 axes. Comes before ``image_sizes``.
+            without channels, or [images, patches] in the layout of 3 axes. It takes precedence over ``image_sizes``.
         spatial_shapes: Rows and columns of patches of each image; layout of 3 axes.
         second_axis: What the second of 5 axes holds.
         kind: The corruption, see :mod:`srpo_core.corruption`. For "none", a pass without any image, build the prompt
             without its image placeholders and call the model without ``pixel_values``.
-        amount: How much of it, in the kind's own unit. None: the kind's default.
+        amount: The amount of the corruption, in the unit of its kind. None: the kind's default.
         patch_size: Side of a patch in pixels; one number, or height and width as a pair, a dict or anything else in
             which configs hold them. None: 14, or what one language-model token sees in the layouts of 2 and 3 axes; a
             multiple of that in 2 axes, of a patch's side in 3.
@@ -97,9 +98,9 @@ def corrupt_pixel_values(
         image_std: The processor's ``image_std``, above 0. Both say where black and white are after normalization:
             ``patch_mask``, ``black``, ``gray`` and ``noise`` need them and do not guess. 0.0 and 1.0 if the processor
             only rescales to [0, 1].
-        unchanged: What to do when an image of more than one color comes out as it went in.
-        seed: First part of the key of the draw; any integer.
-        step: Second part: a new optimizer step, a new draw.
+        unchanged: What to do when the corruption leaves an image of more than one color as it was.
+        seed: The first part of the key of the draw; any integer.
+        step: The second part of the key: each optimizer step has a new draw.
 
     Returns:
         A new tensor of the same shape, dtype and device.
@@ -179,11 +180,11 @@ def _dense(pixels: Tensor, where: _Where) -> tuple[Tensor, Dense]:
 
 
 def images_without_padding(pixels: Tensor, where: Mapping[str, Any]) -> list[list[Tensor]]:
-    """Of each image its real pixels, tile by tile, as views of the tensor: the same whatever they were padded to.
+    """The real pixels of each image, tile by tile, as views of the tensor; they do not depend on the padding.
 
     Args:
-        pixels: In one of the layouts of :func:`corrupt_pixel_values`.
-        where: From :func:`where_images_are`.
+        pixels: Pixels in one of the layouts of :func:`corrupt_pixel_values`.
+        where: Where the images are, from :func:`where_images_are`.
 
     Example:
         >>> from srpo_core.pixel_values import images_without_padding
@@ -231,10 +232,15 @@ def _check_layout(pixels: Tensor, where: _Where) -> None:
         )
     if (mask := where.pixel_attention_mask) is not None:
         wanted = pixels.shape[:2] if axes == 3 else pixels.shape[:-3] + pixels.shape[-2:]
-        if axes == 2 or mask.shape != wanted:
+        if axes == 2:
             raise ValueError(
-                "pixel_attention_mask must have the shape of pixel_values without channels, "
-                f"{'which rows of patches have none of' if axes == 2 else tuple(wanted)}, got {tuple(mask.shape)}"
+                "pixel_attention_mask does not go with flattened pixel_values of 2 axes, whose patches are all real: "
+                f"leave it out, got {tuple(mask.shape)}"
+            )
+        if mask.shape != wanted:
+            raise ValueError(
+                f"pixel_attention_mask must have the shape of pixel_values without channels, {tuple(wanted)}, "
+                f"got {tuple(mask.shape)}"
             )
 
 
@@ -245,13 +251,13 @@ def count_images(
     images_per_row: Sequence[int],
     image_grid_thw: Tensor | None = None,
 ) -> Int[Tensor, "rows 2"]:
-    """Of each row of a batch its images, and how many of them the corruption left as they were.
+    """How many images each row of a batch has, and how many of them the corruption left as they were.
 
     Args:
         pixel_values: What the processor returned, in one of the layouts of :func:`corrupt_pixel_values`.
-        corrupted: What became of it.
+        corrupted: The same after the corruption.
         images_per_row: How many images each row has, in order.
-        image_grid_thw: Of the flattened layout.
+        image_grid_thw: The grid of the images, in the flattened layout.
 
     Example:
         >>> from srpo_core.pixel_values import count_images
@@ -280,23 +286,24 @@ def corrupt_rows(
     video_facts: ImageFacts | None = None,
     patch_size: Any = None,
 ) -> tuple[list[dict[str, Any]], Int[Tensor, "rows 2"]]:
-    """The processor's outputs of each row with corrupted pixels; grids and all else are shared with the originals.
+    """The processor's outputs for each row, with corrupted pixels; everything else is shared with the originals.
 
-    ``pixel_values`` and ``pixel_values_videos`` are corrupted, where a row says that images are (see
-    :func:`where_images_are`); sound stays as it is. Rows of one prompt share a draw, and where their pixels are equal
-    the corrupted tensor.
+    ``pixel_values`` and ``pixel_values_videos`` are corrupted at the places where the row has images (see
+    :func:`where_images_are`); sound stays as it is. Rows of one prompt share a draw, and rows whose pixels are equal
+    share the corrupted tensor.
 
     Args:
-        rows: Of each row what the processor made of its images, by name; empty or None for a row without images.
+        rows: What the processor returned for the images of each row, by name; empty or None for a row without images.
         prompt_ids: The prompt of each row, see :func:`~srpo_core.corrupt_images`.
-        options: Which corruption.
+        options: Which corruption, with its amount and its seed.
         facts: From :func:`image_facts`.
-        step: A new one, a new draw.
-        video_facts: The same of the video processor. None: as of images.
-        patch_size: Of the model's vision encoder, see :func:`vision_patch_size`; read in the layouts of 4 and 5 axes.
+        step: The optimizer step; each step has a new draw.
+        video_facts: The facts of the video processor. None: those of the image processor.
+        patch_size: The patch of the model's vision encoder, from :func:`vision_patch_size`; read in the layouts of 4
+            and 5 axes.
 
     Returns:
-        The new rows, and of each its images and how many of them the corruption left as they were.
+        The new rows, and for each row the number of its images and of those that the corruption left as they were.
 
     Raises:
         ValueError: If pixels are in no layout that :func:`corrupt_pixel_values` knows, or under another name.

@@ -1,4 +1,4 @@
-"""What processors return beside pixels and say of themselves -> arguments of the corruption.
+"""What processors return beside pixels and say about themselves -> arguments of the corruption.
 
 Processors and configs hold one fact as number, pair, list, array, tensor or dict, and under several names:
 ``patch_size`` alone is an int in Qwen2-VL, a pair in InternVL and ``{"height": 16, "width": 16}`` in Pixtral.
@@ -23,20 +23,20 @@ _VISUAL = ("pixel_values", "image", "video", "frame", "patches")
 
 
 class Sides(NamedTuple):
-    """Of a patch, in pixels."""
+    """Height and width of a patch, in pixels."""
 
     height: int
     width: int
 
 
 class ImageFacts(NamedTuple):
-    """What a processor did to images, as :func:`corrupt_pixel_values` asks for it.
+    """What a processor did to images, as far as :func:`corrupt_pixel_values` needs to know it.
 
     Attributes:
-        image_mean: Subtracted after rescaling to [0, 1], one number or one per channel.
-        image_std: What that was divided by.
+        image_mean: What was subtracted after rescaling to [0, 1], one number or one per channel.
+        image_std: What the result was divided by.
         merge_size: Patches that the model merges into one token along each side, in the flattened layouts.
-        temporal_patch_size: Frames in a row of the flattened layout.
+        temporal_patch_size: Frames that one row of the flattened layout holds.
     """
 
     image_mean: float | Sequence[float]
@@ -48,7 +48,7 @@ class ImageFacts(NamedTuple):
 def image_facts(processor: Any) -> ImageFacts | None:
     """The facts of a processor of transformers, or of an image processor; None where there is no image processor.
 
-    Also of a video processor. Numbers may be of any form that processors have them in.
+    A video processor works as well. Numbers may have any form in which processors hold them.
 
     Raises:
         ValueError: If the image processor normalizes but does not say by what, or a fact is no number.
@@ -101,12 +101,12 @@ def vision_patch_size(config: Any) -> Sides | None:
 
 
 def where_images_are(name: str, pixels: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :func:`corrupt_pixel_values` that tell where images are, of what a processor returned beside them.
+    """Arguments of :func:`corrupt_pixel_values` that say where images are, from what a processor returned.
 
     Args:
         name: ``pixel_values`` or ``pixel_values_videos``.
-        pixels: What is under that name.
-        inputs: All that the processor returned.
+        pixels: The tensor with that name.
+        inputs: Everything that the processor returned.
 
     Raises:
         ValueError: If these are videos in a layout that no argument describes.
@@ -156,7 +156,7 @@ def _shapes_of_positions(positions: Tensor) -> Tensor:
 
 
 def refuse_unknown_pixels(inputs: Mapping[str, Any]) -> None:
-    """Raise if a model sees images or videos under a name that is not corrupted: they would give the image away.
+    """Raise if a model gets images or videos under a name that is not corrupted, because it would then see them.
 
     Raises:
         ValueError: Naming the input.
@@ -177,7 +177,7 @@ def refuse_unknown_pixels(inputs: Mapping[str, Any]) -> None:
 
 
 def sides(argument: str, value: Any) -> Sides:
-    """Height and width out of one whole number, a pair, or a mapping or object with ``height`` and ``width``.
+    """Height and width from one whole number, a pair, or a mapping or object with ``height`` and ``width``.
 
     Raises:
         ValueError: Naming the argument, if it is none of these or below 1.

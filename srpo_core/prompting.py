@@ -33,7 +33,7 @@ def system_prompt(tags: RoleTags = DEFAULT_TAGS) -> str:
         tags: The format.
 
     Raises:
-        TypeError: If `tags` is no format.
+        TypeError: If `tags` is not a format.
 
     Example:
         >>> print(system_prompt())
@@ -84,7 +84,7 @@ def example_response(tags: RoleTags = DEFAULT_TAGS) -> str:
         tags: The format.
 
     Raises:
-        TypeError: If `tags` is no format.
+        TypeError: If `tags` is not a format.
 
     Example:
         >>> print(example_response(RoleTags("### Perception", "### Reasoning", "Answer:")))
@@ -130,19 +130,21 @@ def _block(pair: tuple[str, str], content: str) -> str:
 def format_reward(
     response: Text, tags: RoleTags = DEFAULT_TAGS, *, finished: bool = True, open_at_start: Kind | None = None
 ) -> float:
-    """1 for a well-formed response with an answer, where the format tags answers; else 0.
+    """1 for a well-formed response, with an answer if the format has tags for answers; otherwise 0.
 
-    Where it is added to the reward, a reward above 0 no longer means a right answer: say what does, with `correct`.
+    If you add it to the reward, a reward above 0 no longer means that the answer is right: use the option `correct` to
+    say what does.
 
     Args:
-        response: A text without its end-of-sequence token, or a conversation, of which what the assistant wrote counts.
+        response: A text without its end-of-sequence token, or a conversation, of which the text of the assistant
+            counts.
         tags: The format.
-        finished: Whether the model ended the response itself. One cut short lacks its answer, and gets 0.
+        finished: Whether the model ended the response itself. A response that was cut short has no answer, and gets 0.
         open_at_start: The kind of block that the prompt left open, from :func:`~srpo_core.tags.open_block`.
 
     Raises:
-        TypeError: If `response` is neither, a batch of responses for example, or `tags` is no format.
-        ValueError: If `open_at_start` is no kind of block that has tags.
+        TypeError: If `response` is neither of these, for example a batch of responses, or `tags` is not a format.
+        ValueError: If `open_at_start` is not a kind of block that has tags.
 
     Example:
         >>> format_reward("<perception>a cat</perception><think>one</think><answer>1</answer>")
@@ -174,20 +176,21 @@ def extract_answer(
 ) -> str | None:
     r"""The answer, without whitespace around it; None if there is none, or if it was cut short.
 
-    It is the content of the last answer block. Where that holds a ``\boxed{...}``, it is the content of the last one.
-    Where the format does not tag answers, it is what stands after the last block. A fault elsewhere in the response
-    does not cost the answer: rewards should not depend on the format by accident.
+    The answer is the content of the last answer block, or of the last ``\boxed{...}`` in that block. Where the format
+    has no tags for answers, it is the text after the last block. A fault elsewhere in the response does not make the
+    answer None, because rewards should not depend on the format by accident.
 
     Args:
-        response: A text without its end-of-sequence token, or a conversation, of which what the assistant wrote counts.
+        response: A text without its end-of-sequence token, or a conversation, of which the text of the assistant
+            counts.
         tags: The format.
-        finished: Whether the model ended the response itself. What only the end of the response closes, such as the
-            block of a heading, is not an answer yet in one cut short.
+        finished: Whether the model ended the response itself. In a response that was cut short, a block that only the
+            end of the response closes, such as that of a heading, is not yet an answer.
         open_at_start: The kind of block that the prompt left open, from :func:`~srpo_core.tags.open_block`.
 
     Raises:
-        TypeError: If `response` is neither, a batch of responses for example, or `tags` is no format.
-        ValueError: If `open_at_start` is no kind of block that has tags.
+        TypeError: If `response` is neither of these, for example a batch of responses, or `tags` is not a format.
+        ValueError: If `open_at_start` is not a kind of block that has tags.
 
     Example:
         >>> extract_answer("<perception>a cat</perception><think>one</think><answer> 1 </answer>")

@@ -45,25 +45,27 @@ def gradient_reliance(
 ) -> Float[Tensor, "batch time"]:
     r"""How much the reasoning's log-odds depend on each perception token, by gradient; 1 on average over these tokens.
 
-    .. math:: u_t = \Bigl\| \frac{\partial}{\partial e_t} \sum_{r \in R} \operatorname{logit} p_r \Bigr\|_2, \qquad
+    .. math:: u_t = \Bigl\| \frac{\partial}{\partial e_t} \sum_{k \in R} \operatorname{logit} \pi(o_k) \Bigr\|_2, \qquad
         U_t = u_t / \operatorname{mean}_P u, \qquad \operatorname{logit} p = \log p - \log(1 - p)
 
     with :math:`P` and :math:`R` the perception and reasoning tokens of one trajectory and :math:`e_t` the embedding
-    that the model was given for token :math:`t`. Log-odds, because a log-prob near 0 has next to no gradient
-    although a copied number is exactly what the perception is for. Their slope :math:`1 / (1 - p)` is that of log-probs
-    of at most -0.001: a token surer than that counts for less the surer it is, so certain tokens, whose
-    :math:`1 - p` is rounding, cannot dominate.
+    that the model was given for token :math:`t`. Log-odds are used because a log-probability near 0 has almost no
+    gradient, although a copied number is exactly what the perception is for. Their slope :math:`1 / (1 - p)` is bounded
+    by its value at a log-probability of -0.001. A token that is surer than that counts less, the surer it is, so that
+    certain tokens, whose :math:`1 - p` is only rounding, cannot dominate.
 
-    One backward serves the whole batch, because responses do not depend on each other; in a packed row they would have
-    to be kept apart. It runs here, frees the graph and leaves every ``.grad`` alone. Meant for once per rollout batch.
+    One backward pass serves the whole batch, because responses do not depend on each other; in a packed row they would
+    have to be kept apart. The function runs this pass, frees the graph and leaves every ``.grad`` as it was. Call it
+    once per rollout batch.
 
     Args:
         log_probs: Each response token, nats, with a graph from `embeddings`. A reasoning token of minus infinity, which
-            some mask bars, adds nothing.
+            was barred, adds nothing.
         embeddings: Input embeddings of the same tokens: ``embeddings[:, t]`` is that of the token which
-            ``log_probs[:, t]`` scores. The very tensor that entered the model, made before the forward and with
-            ``requires_grad``: concatenate it to the prompt's; a slice taken afterwards is not part of the graph.
-        roles: What each token does, :class:`~srpo_core.Role`.
+            ``log_probs[:, t]`` scores. Pass the very tensor that entered the model, made before the forward pass with
+            ``requires_grad`` and then concatenated to the embeddings of the prompt. A slice that is taken afterwards is
+            not part of the graph.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
 
     Returns:
@@ -109,14 +111,14 @@ def perception_spans(
 ) -> Int[Tensor, "batch time"]:
     """Number of the span, from 0, that each perception token belongs to; -1 at every other token.
 
-    The perception of a response, all its blocks together, is cut into `spans` runs of equal length or nearly; one of
-    fewer tokens into runs of one token. Sentences are a better cut where the text is at hand: :func:`span_reliance`
-    takes any numbering.
+    The perception of a response, all its blocks together, is cut into `spans` runs of nearly equal length. A perception
+    with fewer tokens is cut into runs of one token. Where the text is available, sentences are better spans:
+    :func:`span_reliance` takes any numbering.
 
     Args:
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens.
-        spans: At most how many, at least 1. Each is one more forward.
+        spans: The largest number of spans, at least 1. Each span takes one more forward pass.
 
     Raises:
         ValueError: If `spans` is less than 1.
@@ -140,7 +142,7 @@ class SpanCounterfactuals(NamedTuple):
 
     Attributes:
         spans: Number of the span, from 0, that each perception token belongs to; -1 at every other token.
-        responses: ``responses[k]`` is the batch without span ``k``; a response with fewer spans is there as it was.
+        responses: ``responses[k]`` is the batch without span ``k``; a response with fewer spans is unchanged there.
     """
 
     spans: Int[Tensor, "batch time"]
@@ -161,10 +163,10 @@ class SpanCounterfactuals(NamedTuple):
         Args:
             log_probs: One tensor [batch, new_time] for each of ``responses``, nats: ``log_probs[k][b, t]`` scores
                 ``responses[k].token_ids[b, t]``.
-            roles: What each token does, :class:`~srpo_core.Role`.
+            roles: The role of each token, :class:`~srpo_core.Role`.
             mask: True at the tokens that are trained on; elsewhere the inputs may hold anything, even NaN.
-            original_log_probs: Of the original responses, nats, from the same code path.
-            clip: Bound of what one reasoning token adds, nats, above 0.
+            original_log_probs: Log-probabilities of the original responses, nats, from the same code path.
+            clip: The bound of what one reasoning token adds, nats, above 0.
 
         Raises:
             ValueError: If a pass is missing, one has another shape than its responses, or as :func:`span_reliance`.
@@ -203,23 +205,24 @@ def span_counterfactuals(
 ) -> SpanCounterfactuals:
     """Responses without each span of their perception in turn, to be scored by the policy for :func:`span_reliance`.
 
-    The spans are those of :func:`perception_spans`, and a span is dropped: its tokens are removed, tags and all else
-    stay. There are always `spans` batches, whatever the responses hold, so every rank runs the same number of passes::
+    The spans are those of :func:`perception_spans`. To leave a span out, its tokens are removed; tags and everything
+    else stay. There are always `spans` batches, whatever the responses hold, so every rank runs the same number of
+    passes::
 
         without = span_counterfactuals(token_ids, roles, mask, boundary=boundary)
         passes = [score(each.token_ids) for each in without.responses]
         reliance = without.reliance(passes, roles, mask, original_log_probs=log_probs)
 
-    Waits for the device, to learn the new lengths: meant to run once per rollout batch.
+    The function waits for the device to learn the new lengths. Call it once per rollout batch.
 
     Args:
         token_ids: Sampled tokens, right-padded.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at tokens the policy sampled. Padding may hold anything.
-        spans: At most how many, at least 1. Each is one more forward.
-        boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.Segmentation`; None: no token
-            straddles. They stay, so they are in no span, and their reliance is 1.
-        pad_token_id: Fills the new responses up.
+        spans: The largest number of spans, at least 1. Each span takes one more forward pass.
+        boundary: Tokens that share characters with a tag, from a :class:`~srpo_core.Segmentation`; None: there are no
+            such tokens. They stay, so they are in no span, and their reliance is 1.
+        pad_token_id: The token that fills up the new responses.
 
     Raises:
         ValueError: If `spans` is less than 1; outside ``torch.compile`` also if a role is outside the enum.
@@ -280,14 +283,16 @@ def span_reliance(
 ) -> Float[Tensor, "batch time"]:
     r"""How much, in likelihood, the reasoning relies on the span of each perception token; 1 on average over these.
 
-    Forwards only: the response is scored once more for each span :math:`k`, without that span of its perception.
+    This takes forward passes only: the response is scored once more for each span :math:`k`, without that span.
 
-    .. math:: u_k = \sum_{r \in R} \operatorname{clip}\bigl(\log p_r - \log p_r^{\setminus k},\ 0,\ c\bigr), \qquad
+    .. math:: u_k = \sum_{j \in R} \operatorname{clip}\bigl(\log \pi(o_j) - \log \pi^{\setminus k}(o_j),\ 0,\ c\bigr),
+        \qquad
         U_t = u_{k(t)} / \operatorname{mean}_P u
 
-    :func:`span_counterfactuals` makes the responses to score, and from their log-probs this. With spans of your own,
-    ``without_log_probs[k]`` is what :func:`~srpo_core.counterfactual_responses` with ``kind="mask"`` or ``"drop"``
-    makes of roles in which span :math:`k` alone is perception, scored and carried back::
+    :func:`span_counterfactuals` makes the responses to score, and :meth:`SpanCounterfactuals.reliance` passes their
+    log-probabilities to this function. With spans of your own, ``without_log_probs[k]`` is what
+    :func:`~srpo_core.counterfactual_responses` with ``kind="mask"`` or ``"drop"`` makes of roles in which span
+    :math:`k` alone is perception, scored and carried back::
 
         others = torch.where((spans != k) & (roles == Role.PERCEPTION), int(Role.OTHER), roles)
         without = counterfactual_responses(token_ids, others, mask, kind="drop")
@@ -295,12 +300,12 @@ def span_reliance(
 
     Args:
         log_probs: Each response token, nats.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         without_log_probs: The same tokens without span :math:`k`, nats, by the same code path.
-        spans: Span of each perception token, from :func:`perception_spans` or your own numbering from 0. A perception
-            token with -1 is in none and gets 1. Read at perception tokens only.
-        clip: :math:`c`, nats, above 0: bound of what one reasoning token adds.
+        spans: The span of each perception token, from :func:`perception_spans` or your own numbering from 0. A
+            perception token with -1 is in no span, and its reliance is 1. Read at perception tokens only.
+        clip: :math:`c`, the bound of what one reasoning token adds, nats, above 0.
 
     Returns:
         Detached and at least 0; 0 outside the perception. Exactly 1 throughout the perception where there is no
@@ -344,16 +349,17 @@ def apply_reliance(
     reliance: Float[Tensor, "batch time"],
     mode: RelianceMode = "product",
 ) -> Float[Tensor, "batch time"]:
-    r"""The scores, nats, in which those of perception tokens also count how much the reasoning relies on the token.
+    r"""Scores, in nats, which for perception tokens also count how much the reasoning relies on the token.
 
-    ``product``: :math:`s_t U_t`, how much the token depends on the image times how much the reasoning relies on it.
-    ``share``: :math:`U_t \operatorname{mean}_P s`: reliance alone decides among the perception tokens, and the image
-    only how much they weigh against the reasoning. The score is no longer bounded by the clip of :math:`s`.
+    With ``product`` the score is :math:`s_t U_t`: how much the token depends on the image, times how much the reasoning
+    relies on it. With ``share`` it is :math:`U_t \operatorname{mean}_P s`: reliance alone decides among the perception
+    tokens, and the image decides only how much they weigh against the reasoning. The result is not bounded by the clip
+    of :math:`s`.
 
     Args:
         scores: :math:`s`, nats: from :func:`~srpo_core.visual_dependency` or a divergence at perception tokens. An
             infinite one counts as 20 nats.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         reliance: :math:`U`, from :func:`gradient_reliance` or :func:`span_reliance`: 1 on average over a trajectory's
             perception. Read at perception tokens only.

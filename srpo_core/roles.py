@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Role(IntEnum):
-    """What a response token does. Tags, text outside blocks, EOS and padding are ``OTHER``."""
+    """What a response token does. Tags, text outside of blocks, the end of the sequence and padding are ``OTHER``."""
 
     OTHER = 0
     PERCEPTION = 1
@@ -102,25 +102,28 @@ def segment_roles(
 ) -> Segmentation:
     """Role of each token where every tag is one token of its own.
 
-    Tensors only: nothing waits for the device, and ``torch.compile(fullgraph=True)`` compiles it whole. It agrees with
-    :func:`segment_responses` where the tags are added tokens of the tokenizer: in both a tag counts where its own token
-    stands, and spelled with other tokens it is text. Which tokens are nothing but whitespace it knows from `is_blank`.
+    The function works on tensors only: it never waits for the device, and ``torch.compile(fullgraph=True)`` compiles it
+    as a whole. It agrees with :func:`segment_responses` where the tags are added tokens of the tokenizer: both
+    functions read a tag where its own token stands, and the same letters in other tokens as text. `is_blank` says which
+    tokens are nothing but whitespace.
 
     Args:
         token_ids: Sampled tokens.
-        mask: True at tokens the policy sampled. Elsewhere (padding anywhere, tool outputs) tokens are read as nothing.
+        mask: True at tokens the policy sampled. Tokens elsewhere (padding, tool outputs) are ignored.
         tag_ids: From :meth:`RoleTags.token_ids`.
-        eos_token_id: Id or ids that end a response. A response whose last real token is one of them was finished,
-            any other was truncated and may leave its last block open. An empty sequence: all were truncated.
+        eos_token_id: The id or ids that end a response. A response whose last real token is one of them was finished.
+            Any other response was truncated, and may leave its last block open. With an empty sequence all responses
+            count as truncated.
         answer_role: What answer tokens count as.
         nested: Whether perceptions stand inside the reasoning: :attr:`RoleTags.nested`.
-        open_at_start: The kind of block that the prompts left open, or that of each response, from
-            :func:`~srpo_core.tags.open_block`; None: outside of blocks.
-        is_blank: Which tokens of the vocabulary are whitespace, from :func:`~srpo_core.special_tokens.blank_tokens`: at
-            the edges of a block they are none of its content. None: all tokens are content.
+        open_at_start: The kind of block in which all responses begin, or that of each response, from
+            :func:`~srpo_core.tags.open_block`; None: they begin outside of blocks.
+        is_blank: Which tokens of the vocabulary are nothing but whitespace, from
+            :func:`~srpo_core.special_tokens.blank_tokens`; at the edges of a block they are not content. None: all
+            tokens are content.
 
     Returns:
-        Roles, the reason each response is broken, and the tag tokens as ``boundary``.
+        Roles, the reason why each response is broken, and the tag tokens as ``boundary``.
 
     Raises:
         ValueError: If two tags share an id, `answer_role` is unknown, or `open_at_start` is unknown, of a kind without
@@ -302,31 +305,31 @@ def segment_responses(
 ) -> Segmentation:
     r"""Role of each token, from the character offsets of the decoded tokens.
 
-    Works where tags are several tokens and where tokens straddle a tag and its content (``>3``, ``><``, ``>\n``), as
-    the BPE of real models does. A token's role is that of its first content character, if it has any; a multi-byte
-    character split over tokens belongs to each of them. Whitespace at the edges of a block is none of its content: a
-    token that holds nothing else of it is ``OTHER``, and a perception of nothing but whitespace counts as empty.
+    A tag may be several tokens, and a token may hold parts of a tag and of its content (``>3``, ``><``, ``>\n``), as
+    happens with the BPE of real models. A token has the role of its first content character, if it has one; a character
+    whose bytes are split over several tokens belongs to each of them. Whitespace at the edges of a block is not
+    content: a token that holds nothing else is ``OTHER``, and a perception of nothing but whitespace is empty.
 
-    A tag that is an added token of the tokenizer counts where this token stands, as in :func:`segment_roles`; spelled
-    with other tokens it is text, which names the tag. Other tags count wherever their text stands.
+    A tag that is an added token of the tokenizer counts where this token stands, as in :func:`segment_roles`; the same
+    letters in other tokens are text that names the tag. Other tags count wherever their text stands.
 
-    Runs on the host, once per rollout batch.
+    The function runs on the host. Call it once per rollout batch.
 
     Args:
         token_ids: Sampled tokens.
-        mask: True at tokens the policy sampled. Elsewhere (padding anywhere, tool outputs) tokens are read as nothing.
-        tokenizer: Anything with ``decode(list_of_ids) -> str``. Special tokens are kept and spaces not cleaned up,
-            where its ``decode`` has such options.
+        mask: True at tokens the policy sampled. Tokens elsewhere (padding, tool outputs) are ignored.
+        tokenizer: Anything with ``decode(list_of_ids) -> str``. Where its ``decode`` has options for this, special
+            tokens are kept and spaces are not cleaned up.
         tags: The opening and closing tag of each block.
-        eos_token_id: Id or ids that end a response, see :func:`segment_roles`; None: those that
+        eos_token_id: The id or ids that end a response, see :func:`segment_roles`; None: those that
             :func:`~srpo_core.special_tokens.ending_ids` finds in the tokenizer. The generation config may list more.
         answer_role: What answer tokens count as.
-        open_at_start: The kind of block that the prompts left open, or that of each response, from
-            :func:`~srpo_core.tags.open_block`; None: outside of blocks.
+        open_at_start: The kind of block in which all responses begin, or that of each response, from
+            :func:`~srpo_core.tags.open_block`; None: they begin outside of blocks.
 
     Returns:
-        Roles, the reason each response is broken, and the tokens that share characters with a tag as ``boundary``; on
-        the device of ``token_ids``.
+        Roles, the reason why each response is broken, and the tokens that share characters with a tag as ``boundary``;
+        on the device of ``token_ids``.
 
     Raises:
         ValueError: If `eos_token_id` is None and the tokenizer has none, `answer_role` is unknown, or `open_at_start`
@@ -348,7 +351,7 @@ def segment_responses(
             eos_token_id = ending_ids(tokenizer)
         except ValueError:
             raise ValueError(
-                "eos_token_id must be given, because the tokenizer has none; pass () if no response ends"
+                "eos_token_id must be given, because the tokenizer has none; pass () if no response ends with one"
             ) from None
     opened = _checked_kinds(open_at_start, len(token_ids), tags.pairs)
 

@@ -22,16 +22,16 @@ ENDS_OF_TURN = (
 def ending_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
     """Token ids that end a response, in ascending order.
 
-    They are the tokenizer's end of sequence, those of the generation config, which engines obey, and the tokens that
-    end a turn of a conversation in the chat templates of known models, where the tokenizer has them as added tokens:
-    Gemma's ``<end_of_turn>`` beside its ``<eos>``.
+    These are the tokenizer's end of sequence, the ids of the generation config, which inference engines obey, and the
+    tokens that end a turn of a conversation in the chat templates of known models, if the tokenizer has them as added
+    tokens, such as Gemma's ``<end_of_turn>`` beside its ``<eos>``.
 
     Args:
-        tokenizer: Of ``transformers`` or ``tokenizers``, or a processor that has one.
-        generation_config: Has ``eos_token_id``, or is a mapping that does: an id or several. None: not known.
+        tokenizer: A tokenizer of ``transformers`` or ``tokenizers``, or a processor that has one.
+        generation_config: An object or a mapping with an ``eos_token_id``, which is one id or several. None: not known.
 
     Raises:
-        ValueError: If there is none at all.
+        ValueError: If there is no such id at all.
 
     Example:
         >>> class Known:
@@ -56,10 +56,11 @@ def ending_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]
 def blank_tokens(tokenizer: Any) -> Bool[Tensor, " vocabulary"]:
     r"""Whether each token of a tokenizer is nothing but whitespace, for :func:`segment_roles`.
 
-    Decodes every token once. A whitespace character outside of ASCII that is spelled with several tokens is not seen.
+    Every token is decoded once. A whitespace character outside of ASCII that takes several tokens is not found.
 
     Args:
-        tokenizer: Of ``transformers`` or ``tokenizers``: has ``decode``, and ``len`` or ``get_vocab_size``.
+        tokenizer: A tokenizer of ``transformers`` or ``tokenizers``, with ``decode`` and with ``len`` or
+            ``get_vocab_size``.
 
     Example:
         >>> class Letters:

@@ -21,18 +21,19 @@ __all__ = ["Credit", "srpo_advantages", "srpo_loss"]
 
 
 class Credit(NamedTuple):
-    """Token advantages, and everything they were made of. All detached.
+    """Token advantages, and everything that they were made of. All tensors are detached.
 
     Attributes:
-        advantages: Of each token.
-        weights: Of each token, 1 on average over a trajectory's perception and reasoning tokens.
-        scores: Of each token under its role, nats.
+        advantages: The advantage of each token.
+        weights: The weight of each token, 1 on average over a trajectory's perception and reasoning tokens.
+        scores: The score of each token under its role, nats.
         scale_state: For ``scale="ema_rms"``: pass it to the next call, and save it in checkpoints.
-        metrics: 0-d tensors by name, :func:`~srpo_core.diagnostics.credit_metrics`.
+        metrics: 0-d tensors by name, from :func:`~srpo_core.diagnostics.credit_metrics`.
         old_log_probs: Each token under its own context, nats.
-        corrupted_log_probs: With the image corrupted; None where that was not scored.
-        counterfactual_log_probs: With the perception replaced, at the original positions; None likewise.
-        donors: Row whose perception replaced this row's, -1 for none; None where nobody says.
+        corrupted_log_probs: The same tokens with the image corrupted; None if that was not scored.
+        counterfactual_log_probs: The same tokens with the perception replaced, at the original positions; None if that
+            was not scored.
+        donors: The row whose perception replaced that of each row, -1 where there is none; None if it is not known.
     """
 
     advantages: Float[Tensor, "batch time"]
@@ -83,14 +84,14 @@ def srpo_advantages(
 
     Args:
         old_log_probs: Each token of the rollout under its own context, nats, by the trainer's own code path. Minus
-            infinity, here and in the other contexts, is a token that some mask bars; weights stay finite.
+            infinity, here and in the other contexts, stands for a token that was barred; weights stay finite.
         advantages: One per response, from :func:`~srpo_core.group_advantages` or your trainer.
         roles: From :func:`~srpo_core.segment_responses` or :func:`~srpo_core.segment_roles`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
-        options: How scores become weights. `mix` is taken as it stands: :meth:`~srpo_core.CreditOptions.at_step`
-            ramps it.
-        corrupted_log_probs: The same tokens with the image corrupted, by the same code path. None, or equal rows:
-            no image, so perception scores are 0.
+        options: How scores become weights. `mix` is read as it is; :meth:`~srpo_core.CreditOptions.at_step` raises it
+            over the steps of a run.
+        corrupted_log_probs: The same tokens with the image corrupted, by the same code path. None, or rows that are
+            equal to the original ones: there is no image, and perception scores are 0.
         counterfactual_log_probs: The same tokens with the perception replaced, carried back to the original
             positions. None: reasoning scores are 0.
         visual_divergence: Needed and read only where `visual_score` is a divergence of full distributions, nats:
@@ -99,7 +100,7 @@ def srpo_advantages(
         reliance: How much the reasoning relies on each perception token, 1 on average, from
             :mod:`srpo_core.reliance`; it enters the scores by `reliance_mode`. None: the image alone decides. An
             extension of this project, not SRPO's.
-        broken: Why each response is malformed, only to be counted; a broken one is ``OTHER`` in `roles` already.
+        broken: Why each response is malformed, which is only counted; its tokens are ``OTHER`` in `roles` already.
         scale_state: For `scale` ``ema_rms``: ``scale_state`` of the last result, None at the start.
 
     Returns:
@@ -170,20 +171,21 @@ def srpo_loss(
     ref_log_probs: Float[Tensor, "batch time"] | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
 ) -> LossOutput:
-    r"""SRPO's loss: GRPO's, with each token's advantage weighted by how much the token depends on what was seen.
+    r"""SRPO's loss: GRPO's loss with the advantage of each token weighted by how much it depends on what was seen.
 
     :func:`srpo_advantages` followed by :func:`~srpo_core.grpo_loss`. The weights come from log-probs that stay fixed
-    over the epochs of a rollout batch, so they are the same in each. `strength` 0 is GRPO bit for bit. Compiles whole.
-    On an accelerator no value is checked, because that would stall the step; :func:`srpo_advantages` checks.
+    over the epochs of a rollout batch, so they are the same in each epoch. At `strength` 0 it is GRPO's loss bit for
+    bit. The function compiles as a whole. On an accelerator it checks no values, because that would stall the step;
+    :func:`srpo_advantages` does.
 
     Args:
         log_probs: Each sampled token under the policy being trained, nats. The only input with a gradient. Minus
-            infinity, here and in the other log-probs, is a token that some mask bars; its gradient is 0.
+            infinity, here and in the other log-probabilities, stands for a token that was barred; its gradient is 0.
         advantages: One per response.
         roles: From :func:`~srpo_core.segment_responses` or :func:`~srpo_core.segment_roles`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
-        options: Of the weights and of the loss. `scale` ``ema_rms`` has a state, so it needs :func:`srpo_advantages`
-            once per rollout batch, then :func:`~srpo_core.grpo_loss`.
+        options: The options of the weights and of the loss. `scale` ``ema_rms`` has a state, so it needs
+            :func:`srpo_advantages` once per rollout batch, then :func:`~srpo_core.grpo_loss`.
         old_log_probs: The same tokens under the policy that sampled them, nats: one side of both contrasts, and the
             denominator of the ratio.
         corrupted_log_probs: The same tokens with the image corrupted. None: perception scores are 0.
@@ -191,7 +193,7 @@ def srpo_loss(
         visual_divergence: Read where `visual_score` is a divergence, nats.
         consistency_divergence: Read where `consistency_score` is one, nats.
         reliance: How much the reasoning relies on each perception token, 1 on average.
-        broken: Why each response is malformed, only to be counted.
+        broken: Why each response is malformed, which is only counted.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.
         normalizer: What the summed loss is divided by, see :func:`~srpo_core.aggregate`.
 

@@ -1,6 +1,6 @@
-"""Objectives of a token: each is a small object that owns its parameters, its formula and its metrics.
+"""Objectives of a single token. Each is a small object that owns its parameters, its formula and its metrics.
 
-To add one, write a subclass of :class:`Surrogate` with a `name`: the options know it from then on.
+To add one, write a subclass of :class:`Surrogate` with a `name`; the options then accept this name.
 """
 
 from collections.abc import Mapping
@@ -76,11 +76,12 @@ class Surrogate(CheckedOptions):
         r"""Loss of each token, 0 at padding.
 
         Args:
-            log_probs: Log-probability, nats, of each sampled token under the policy being trained. The only input
-                with a gradient. Minus infinity is legal, here and in `old_log_probs`: the token is barred, by a top-k
-                mask for example. Barred by both policies it has ratio 1, by one :math:`e^{\pm 20}`; its own gradient
-                is 0, and where a loss has the log-probability itself as a factor, so is its loss.
-            advantages: Credit of each token; positive means "make it likelier".
+            log_probs: Log-probability, nats, of each sampled token under the policy being trained. The only input with
+                a gradient. Minus infinity is legal, here and in `old_log_probs`: the token was barred, for example by a
+                top-k filter. A token that both policies bar has ratio 1, one that a single policy bars has ratio
+                :math:`e^{\pm 20}`. Its gradient is 0, and so is its loss where the log-probability itself is a factor
+                of the loss.
+            advantages: The advantage of each token; a positive one makes the token likelier.
             mask: True at response tokens. Elsewhere the inputs may hold anything, even NaN; loss and gradient there
                 are 0.
             old_log_probs: The same tokens under the policy that sampled them, nats.
@@ -147,10 +148,10 @@ def _clip_shares(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, hi
 class Clip(Surrogate):
     r"""PPO's clipped surrogate.
 
-    .. math:: \ell_t = -\min(r_t A_t,\ \operatorname{clip}(r_t, 1-\epsilon_l, 1+\epsilon_h) A_t),
-        \qquad r_t = \pi(y_t) / \pi_\text{old}(y_t)
+    .. math:: \ell_t = -\min(\rho_t A_t,\ \operatorname{clip}(\rho_t, 1-\epsilon_l, 1+\epsilon_h) A_t),
+        \qquad \rho_t = \pi(y_t) / \pi_\text{old}(y_t)
 
-    With `dual` :math:`c`, :math:`\ell_t \le -c A_t` where :math:`A_t < 0`. Metrics: ``clip/low`` and ``clip/high``, the
+    With `dual` :math:`d`, :math:`\ell_t \le -d A_t` where :math:`A_t < 0`. Metrics: ``clip/low`` and ``clip/high``, the
     shares of tokens that the clip holds back, and with `dual` ``clip/dual``.
 
     Raises:
@@ -191,7 +192,7 @@ class Clip(Surrogate):
 class CISPO(Surrogate):
     r"""REINFORCE whose importance weight is truncated, so that no token loses its gradient.
 
-    .. math:: \ell_t = -\operatorname{sg}[\min(r_t, r_\max)]\, A_t \log \pi(y_t)
+    .. math:: \ell_t = -\operatorname{sg}[\min(\rho_t, \rho_{\max})]\, A_t \log \pi(y_t)
 
     Metric: ``clip/high``, the share of tokens whose weight is truncated.
 
@@ -222,8 +223,8 @@ class CISPO(Surrogate):
 class SAPO(Surrogate):
     r"""A soft gate in place of the clip.
 
-    .. math:: \ell_t = -\frac{4}{\tau} \sigma(\tau (r_t - 1))\, A_t, \qquad
-        \tau = \tau_+ \text{ where } A_t > 0,\ \tau_- \text{ elsewhere}
+    .. math:: \ell_t = -\frac{4}{k} \sigma(k (\rho_t - 1))\, A_t, \qquad
+        k = k_+ \text{ where } A_t > 0,\ k_- \text{ elsewhere}
 
     Metric: ``gate/mean``, the mean slope of the gate, :math:`4 \sigma (1 - \sigma)`, which is 1 on policy and falls
     towards 0 where a clip would hold a token back.
@@ -280,8 +281,8 @@ class _SequenceClip(Surrogate):
 class GSPOToken(_SequenceClip):
     r"""GSPO-token: the ratio of the sequence, with a gradient and an advantage per token.
 
-    .. math:: \ell_t = -\min(s_t A_t,\ \operatorname{clip}(s_t, 1-\epsilon_l, 1+\epsilon_h) A_t), \qquad
-        s_t = \operatorname{sg}\Bigl[\exp \frac{1}{|y|} \sum_k \log r_k\Bigr]
+    .. math:: \ell_t = -\min(\bar\rho_t A_t,\ \operatorname{clip}(\bar\rho_t, 1-\epsilon_l, 1+\epsilon_h) A_t), \qquad
+        \bar\rho_t = \operatorname{sg}\Bigl[\exp \frac{1}{|y|} \sum_j \log \rho_j\Bigr]
         \frac{\pi(y_t)}{\operatorname{sg}[\pi(y_t)]}
 
     Metrics: ``clip/low`` and ``clip/high``, the shares of tokens that the clip of their sequence holds back.
@@ -310,11 +311,12 @@ class GSPOToken(_SequenceClip):
 class GSPO(_SequenceClip):
     r"""GSPO: one ratio and one advantage for the whole sequence.
 
-    .. math:: \ell_t = -\min(s A,\ \operatorname{clip}(s, 1-\epsilon_l, 1+\epsilon_h) A), \qquad
-        s = \exp \frac{1}{|y|} \sum_k \log r_k
+    .. math:: \ell_t = -\min(\bar\rho A,\ \operatorname{clip}(\bar\rho, 1-\epsilon_l, 1+\epsilon_h) A), \qquad
+        \bar\rho = \exp \frac{1}{|y|} \sum_j \log \rho_j
 
-    Token weights do nothing here: :math:`s` moves every token alike, so only their mean, 1, would count. Token
-    advantages that differ inside a response are refused on the CPU; elsewhere that check would stall the step.
+    Token weights have no effect here, because :math:`\bar\rho` moves all tokens of a response alike: only the mean of
+    the weights would count, which is 1. Advantages that differ inside a response are refused on the CPU; on an
+    accelerator this check would stall the step.
     Metrics: those of :class:`GSPOToken`.
 
     Raises:

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class RoleTagIds(NamedTuple):
-    """Token ids of the six tags; -1 for the answer's where answers are not tagged."""
+    """Token ids of the six tags; -1 for those of the answer where answers have no tags."""
 
     perception_open: int
     perception_close: int
@@ -56,11 +56,11 @@ class RoleTags:
 
     A pair such as ``("\\boxed{", "}")``, whose closing tag is the bracket its opening tag ends with, is read as TeX
     reads it: brackets inside are balanced, ``\{`` and ``\}`` are not brackets, and a bracket elsewhere is plain text.
-    Where there are several such answers, the last one is the answer, and inside reasoning they are text.
+    If there are several such answers, the last one counts; inside of reasoning they are text.
 
-    A *heading* has no closing tag: ``"### Perception"`` or ``"Answer:"``. It counts at the start of a line, also in
-    other markup (``**Answer:**``), and its block runs to the next tag or to the end of the response. ``"json"`` as
-    perception is a JSON array or object that begins a line, such as a list of boxes.
+    A *heading* has no closing tag: ``"### Perception"`` or ``"Answer:"``. It is read at the start of a line, also with
+    other markup around it (``**Answer:**``), and its block runs to the next tag or to the end of the response.
+    With ``"json"`` the perception is a JSON array or object that begins a line, such as a list of boxes.
 
     Attributes:
         perception: Tags around what the model says it sees, or a heading.
@@ -248,10 +248,10 @@ def parse_response(
     open_at_start: Kind | None = None,
     places: Mapping[str, Collection[int]] | None = None,
 ) -> Parsed:
-    """Blocks of a response, and where and why it is malformed.
+    """The blocks of a response and, if it is malformed, where and why.
 
-    Inside reasoning a tag of another kind may be named: it is text unless a block is closed there that was opened
-    there. Whatever else is open inside another block is a fault.
+    Inside of reasoning, a tag of another kind is text that names the tag, unless it opens a block that is also closed
+    there. Any other block that is open inside of a block is a fault.
 
     Args:
         text: The response, without its end-of-sequence token.
@@ -259,11 +259,12 @@ def parse_response(
         finished: Whether the model ended the response itself. If not, the last block may be open and runs to the end.
         open_at_start: The kind of block that the prompt left open, from :func:`open_block`; None: the response begins
             outside of blocks.
-        places: Of the tags that are tokens of their own, the characters at which these tokens start. Spelled with other
-            tokens such a tag is text. Tags that are not here count wherever their text stands; None: all do.
+        places: For each tag that is a token of its own, the characters at which this token starts; the same letters
+            elsewhere are text. Tags that are not listed count wherever their text stands. None: this holds for all
+            tags.
 
     Raises:
-        ValueError: If `open_at_start` is no kind of block, or of a kind that has no tags.
+        ValueError: If `open_at_start` is not a kind of block, or is a kind that has no tags.
 
     Example:
         >>> parse_response("<perception>a cat</perception> so <think>it purrs</think>").blocks
@@ -283,10 +284,10 @@ def parse_response(
 def open_block(prompt: str, tags: RoleTags = DEFAULT_TAGS) -> Kind | None:
     """Which kind of block a prompt leaves open, so that responses begin inside it.
 
-    Chat templates of thinking models do, which end in ``<think>``.
+    The chat templates of thinking models do this: they end in ``<think>``.
 
     Args:
-        prompt: Its text with its special tokens, or the end of it.
+        prompt: The text of the prompt with its special tokens, or the end of that text.
         tags: The opening and closing tag of each block.
 
     Returns:

@@ -20,11 +20,11 @@ class TokenizerLike(Protocol):
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens that were added to a tokenizer's vocabulary, special ones among them, and their ids.
+    """The tokens that were added to a tokenizer's vocabulary, including special tokens, and their ids.
 
     Args:
-        tokenizer: Of ``transformers`` or ``tokenizers``, or a processor that has one. Of anything else nothing is
-            known, and the result is empty.
+        tokenizer: A tokenizer of ``transformers`` or ``tokenizers``, or a processor that has one. For anything else the
+            result is empty.
 
     Example:
         >>> from tokenizers import Tokenizer, models

@@ -42,10 +42,10 @@ def typechecked(
 def typechecked(function: Any = None, /, *, values: tuple[ValueCheck, ...] = (), on_device: bool = True) -> Any:
     """Check the arguments of a public function: shapes and dtypes against its annotations, then values.
 
-    A tensor that does not fit is a :class:`jaxtyping.TypeCheckError` (a ``TypeError``) that names the argument, what
-    it should be, what it was and what to pass instead. A name that is none of a ``Literal`` is a ``ValueError``. This
+    A tensor that does not fit is a :class:`jaxtyping.TypeCheckError` (a ``TypeError``) that names the argument, what it
+    should be, what it was and what to pass instead. A name that a ``Literal`` does not have is a ``ValueError``. This
     costs about 6 µs plus 6 µs per tensor a call. Nothing is checked under ``torch.compile``, where checks would break
-    the graph; with ``JAXTYPING_DISABLE=1`` no shapes are, which are then on trust.
+    the graph; with ``JAXTYPING_DISABLE=1`` shapes are not checked either.
 
     Args:
         function: What to check, where the decorator is used without arguments.

@@ -60,7 +60,7 @@ def head_of(
     if hidden.dtype != output.weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} and output.weight {output.weight.dtype}; pass an OutputLayer with "
-            "weight.to(hidden.dtype), its gradient follows"
+            "weight.to(hidden.dtype), through which the gradient flows"
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk}")
@@ -361,7 +361,7 @@ class WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError(
-                "a fused loss was sent backward twice; its gradients are made once, in the forward: compute it again"
+                "backward was called twice on a fused loss, whose gradients are computed once: compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # A pass over the gradients is saved where looking at the number costs nothing.

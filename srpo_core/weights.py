@@ -20,7 +20,7 @@ __all__ = ["RoleScales", "ScaleState", "role_scales", "shared_baseline_weights"]
 
 
 class RoleScales(NamedTuple):
-    """Typical size, in nats, of each role's scores: the :math:`\\tau_P` and :math:`\\tau_R` of the weights."""
+    """The typical size, in nats, of each role's scores: the :math:`\\tau_P` and :math:`\\tau_R` of the weights."""
 
     visual: Float[Tensor, ""]
     consistency: Float[Tensor, ""]
@@ -84,7 +84,7 @@ def shared_baseline_weights(
     Args:
         scores: Score of each token under its role, nats: ``visual_dependency(...) + perception_consistency(...)``,
             each of which is 0 where the other one is not.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         options: See above. At `strength` 0 every weight is exactly 1: GRPO.
         scales: Measured scales, from :func:`role_scales`. None: those of the options.
@@ -152,21 +152,21 @@ def role_scales(
     decay: float = 0.0,
     floor: float = 0.05,
 ) -> tuple[RoleScales, ScaleState]:
-    r"""Root mean square of each role's scores, over this batch or as a moving average, and the state to go on from.
+    r"""Root mean square of each role's scores, over this batch or as a moving average, and the state for the next call.
 
-    With `decay` 0 it is the batch's own (``batch_rms``); else (``ema_rms``) the mean square is
-    :math:`m \leftarrow d\,m + (1 - d)\,\overline{s^2}`, corrected for its start at 0; a role that is absent from a
-    batch leaves its average alone. Pass whole rollout batches: a micro-batch would make weights depend on how the
-    batch was cut. Each process measures its own batch; average `state` over ranks where they must agree.
+    With `decay` 0 it is that of the batch (``batch_rms``). Otherwise (``ema_rms``) the mean square is
+    :math:`m \leftarrow d\,m + (1 - d)\,\overline{s^2}`, corrected for its start at 0. A role that is absent from a
+    batch does not change its average. Pass whole rollout batches, because with micro-batches the weights would depend
+    on how the batch was cut. Each process measures its own batch; average `state` over ranks where they must agree.
 
     Args:
         scores: Score of each token under its role, nats.
-        roles: What each token does, :class:`~srpo_core.Role`.
+        roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         state: What the last call returned, or None at the start.
         decay: :math:`d` in [0, 1).
-        floor: Least scale, nats, above 0: without one, a batch of pure noise would be blown up to unit size. A role
-            never seen has scale 1.
+        floor: The smallest scale, nats, above 0. Without it, a batch of pure noise would be scaled up to unit size. A
+            role that was never seen has scale 1.
 
     Raises:
         ValueError: If `decay` or `floor` is out of range.

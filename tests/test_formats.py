@@ -53,7 +53,7 @@ def test_an_example_of_each_published_format_is_taken_apart(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_each_published_format_is_in_the_docs_with_its_source(name):
     assert isinstance(PUBLISHED[name], PublishedFormat)
-    table = Path("docs/formats.md").read_text().partition("\n## Published formats")[2].partition("\n## ")[0]
+    table = Path("docs/how-to/formats.md").read_text().partition("\n## Published formats")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
     assert len(rows) == 1
     for number in PUBLISHED[name].source.split("arXiv:")[1:]:
