@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from srpo_core import CreditOptions, Role, shared_baseline_weights
-from srpo_core.options import WeightMap
+from srpo_core.options import MAX_EXPONENT, WeightMap
 from srpo_core.weights import role_scales
 
 P, R, N = int(Role.PERCEPTION), int(Role.REASONING), int(Role.OTHER)
@@ -285,7 +285,8 @@ def token_mean(scores, masks):
 
 def power_of_softplus(centered, scored, strength, *, power):
     """A toy map with one parameter, which no option of the package knows."""
-    return (torch.nn.functional.softplus(strength * centered) / math.log(2.0)) ** power
+    exponent = (strength * centered).clamp(-MAX_EXPONENT, MAX_EXPONENT)  # as the map of the package is kept
+    return (torch.nn.functional.softplus(exponent, threshold=MAX_EXPONENT) / math.log(2.0)) ** power
 
 
 def sigmoid(centered, scored, strength):
