@@ -56,6 +56,8 @@ def documented_names():
     found = {}
     for page in (ROOT / "docs/reference").glob("*.md"):
         for name, body in re.findall(r"^```\{api\} (\S+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            if not name.startswith("srpo_core"):
+                continue  # an adapter needs its framework; its own tests run where that is installed
             module = importlib.import_module(name)
             found |= {each: getattr(module, each) for each in body.split() or made_in(module)}
     return found
