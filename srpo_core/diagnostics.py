@@ -179,8 +179,8 @@ def credit_diagnostics(
             for name, tokens in where.items():
                 subsets[f"weight/{name}/{answer}"] = tokens & rows[:, None]
                 metrics[f"weight/{name}/{answer}/mean"] = masked_mean(weights, tokens & rows[:, None], empty=_ABSENT)
-    metrics |= _quantiles(weights, subsets)
-    metrics |= _quantiles(scores, {f"score/{name}": tokens for name, tokens in where.items()})
+    metrics |= masked_quantiles(weights, subsets)
+    metrics |= masked_quantiles(scores, {f"score/{name}": tokens for name, tokens in where.items()})
 
     noise = None
     if log_probs is not None and repeated_log_probs is not None:
@@ -264,7 +264,7 @@ def _powers(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mask.sum(1).to(weights.dtype), weights.square().sum(1), weights.sum(1)
 
 
-def _quantiles(values: Tensor, subsets: dict[str, Tensor]) -> dict[str, Tensor]:
+def masked_quantiles(values: Tensor, subsets: dict[str, Tensor]) -> dict[str, Tensor]:
     """Quantiles of `values` over each subset of its elements, linearly interpolated; one sort serves all subsets."""
     if values.numel() == 0:
         return {f"{name}/{quantile}": values.new_full((), _ABSENT) for name in subsets for quantile in QUANTILES}

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from srpo_core.diagnostics import masked_quantiles
 from srpo_core.masking import at_least_float32, log_ratio_of, masked_mean
 from srpo_core.roles import role_masks
 from srpo_core.typechecking import typechecked
@@ -63,20 +64,9 @@ def engine_gap(
     scored = role_masks(roles, mask).scored()
     return {
         "engine/gap/mean": masked_mean(gap, known, empty=_ABSENT),
-        "engine/gap/p95": _quantile(gap, known, 95),
+        "engine/gap/p95": masked_quantiles(gap, {"gap": known})["gap/p95"],
         "engine/score/mean": masked_mean(scores.detach().abs(), scored, empty=_ABSENT),
     }
-
-
-def _quantile(values: Tensor, where: Tensor, percent: int) -> Tensor:
-    """A quantile of the selected values, linearly interpolated. ``torch.quantile`` takes no more than 2^24 values."""
-    if values.numel() == 0:
-        return values.new_full((), _ABSENT)
-    ordered, count = torch.where(where, values, torch.inf).flatten().sort().values, where.sum()
-    # In whole numbers: a float32 rank is wrong beyond 2^24 tokens, and devices may lack float64.
-    rank = percent * (count - 1).clamp(min=0)
-    low, high = (ordered.take(at) for at in (rank // 100, torch.minimum(rank // 100 + 1, (count - 1).clamp(min=0))))
-    return torch.where(count > 0, low + (rank % 100).to(values.dtype) / 100 * (high - low), _ABSENT)
 
 
 class EngineGapWatch:
