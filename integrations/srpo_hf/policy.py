@@ -53,6 +53,7 @@ class Policy:
         model: What is called. Of a compiled model, what was compiled.
         inner: The model of transformers inside.
         config: Of the inner model.
+        text_config: Of its language model.
         takes: The names of the arguments of its forward.
         device: Where token ids go.
     """
@@ -63,6 +64,8 @@ class Policy:
             self.model = self.model.module
         self.inner: Any = _unwrapped(self.model)
         self.config: Any = self.inner.config
+        has_parts = hasattr(self.config, "get_text_config")
+        self.text_config: Any = self.config.get_text_config() if has_parts else self.config
         # A subclass may pass on what it does not name.
         forwards = [kind.forward for kind in type(self.inner).__mro__ if "forward" in vars(kind)]
         self.takes = frozenset(name for each in forwards for name in inspect.signature(each).parameters)

@@ -87,8 +87,7 @@ class _Layer(DynamicLayer):
 
 def problem_of_model(policy: Policy) -> str | None:
     """Why shared prefixes would not be exact with a model, or None."""
-    text = policy.config.get_text_config() if hasattr(policy.config, "get_text_config") else policy.config
-    kinds = set(getattr(text, "layer_types", None) or []) - set(_EXACT)
+    kinds = set(getattr(policy.text_config, "layer_types", None) or []) - set(_EXACT)
     if kinds:
         return f"it has layers of {', '.join(sorted(map(str, kinds)))}, which keep a state instead of keys and values"
     if getattr(policy.inner, "_is_stateful", False):
@@ -239,8 +238,7 @@ def _cache_name(policy: Policy) -> str | None:
 
 
 def _has_window(policy: Policy) -> bool:
-    text = policy.config.get_text_config() if hasattr(policy.config, "get_text_config") else policy.config
-    return isinstance(getattr(text, "sliding_window", None), int)
+    return isinstance(getattr(policy.text_config, "sliding_window", None), int)
 
 
 def _offsets(policy: Policy) -> list[Any]:
