@@ -152,8 +152,7 @@ def test_nothing_is_read_on_the_host():
     assert all(metric.device.type == "meta" for metric in everything(*tensors(3, 5, device="meta")).values())
 
 
-def test_compiled_whole_equals_eager():
-    torch.compiler.reset()
+def test_compiled_whole_equals_eager(fresh_compiler):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(*tensors(3, 5))
     torch.testing.assert_close(compiled, everything(*tensors(3, 5)), equal_nan=True)
 

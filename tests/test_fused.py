@@ -604,10 +604,16 @@ def test_the_fused_loss_of_barred_tokens_equals_plain_loops():
         close(fused.loss, policy + 0.2 * reference.aggregate(kl, lists[2]))
 
 
-@pytest.mark.parametrize("name", ["cispo", "gspo_token"])
-def test_barred_tokens_compile_whole(name):
+@pytest.mark.parametrize(
+    "options",
+    [
+        LossOptions(surrogate="cispo", kl_coef=0.1, reduction="sequence_mean"),
+        LossOptions(surrogate="gspo_token", kl_coef=0.1),  # in two passes
+    ],
+    ids=lambda options: options.surrogate.name,
+)
+def test_barred_tokens_compile_whole(options, fresh_compiler):
     made = barred_problem(dtype=torch.float32)
-    options = LossOptions(surrogate=name, kl_coef=0.1)
     eager, compiled = eager_and_compiled(made, options, {"chunk_tokens": 12}, backend="aot_eager")
     torch.testing.assert_close(compiled, eager)
     assert eager[0].isfinite()
@@ -972,7 +978,6 @@ def run(made, leaves, options, how):
 
 
 def eager_and_compiled(made, options, how, **compiling):
-    torch.compiler.reset()
     results = []
     for function in (run, torch.compile(run, fullgraph=True, **compiling)):
         leaves = [x.detach().clone().requires_grad_() for x in made.leaves]
@@ -988,32 +993,29 @@ def eager_and_compiled(made, options, how, **compiling):
     ("options", "how"),
     [
         (LossOptions(surrogate="clip", kl_coef=0.1), {"active_tokens": 14}),
-        (LossOptions(surrogate="cispo", reduction="sequence_mean"), {}),
         (LossOptions(surrogate="sapo"), {"vocab_columns": 30, "active_tokens": 13}),
         (LossOptions(surrogate="gspo"), {}),
-        (LossOptions(surrogate="gspo_token"), {"chunk_tokens": 4}),  # in two passes
     ],
     ids=lambda value: value.surrogate.name if isinstance(value, LossOptions) else ",".join(value),
 )
-def test_compiled_whole_equals_eager(options, how):
+def test_compiled_whole_equals_eager(options, how, fresh_compiler):
     eager, compiled = eager_and_compiled(compiled_inputs(scale=0.5), options, how, backend="aot_eager")
     torch.testing.assert_close(compiled, eager)
 
 
-def test_compiled_by_inductor_equals_eager(cpp_compiler):
+def test_compiled_by_inductor_equals_eager(cpp_compiler, fresh_compiler):
     made = compiled_inputs(softcap=3.0, scale=0.5)
     eager, compiled = eager_and_compiled(made, LossOptions(), {"chunk_tokens": 16})
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_bfloat16_equals_eager():
+def test_compiled_bfloat16_equals_eager(fresh_compiler):
     made = compiled_inputs(dtype=torch.bfloat16)
     eager, compiled = eager_and_compiled(made, LossOptions(), {}, backend="aot_eager")
     torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-4)
 
 
-def test_scores_compile_whole():
-    torch.compiler.reset()
+def test_scores_compile_whole(fresh_compiler):
     made = compiled_inputs()
     args = (made.hidden, made.output)
     calls = {
@@ -1088,9 +1090,8 @@ def test_a_shard_is_refused_where_the_whole_vocabulary_is_needed():
         fused_linear_divergence(made.hidden, made.output, made.mask, other_hidden=made.hidden)
 
 
-def test_more_tokens_than_promised_are_not_lost_in_silence():
+def test_more_tokens_than_promised_are_not_lost_in_silence(fresh_compiler):
     """Where the number cannot be looked at, the loss says so."""
-    torch.compiler.reset()
     made = compiled_inputs()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     loss, _ = compiled(made, made.leaves, LossOptions(), {"active_tokens": int(made.mask.sum()) - 1})

@@ -302,8 +302,7 @@ def test_loss_and_metrics_of_barred_tokens_equal_plain_loops(batch, name):
 
 
 @surrogates
-def test_barred_tokens_compile_whole(name):
-    torch.compiler.reset()
+def test_barred_tokens_compile_whole(name, fresh_compiler):
     inf, mask = math.inf, torch.ones(1, 5).bool()
     old, ref = (torch.tensor([row]) for row in ([-1.0, -inf, -inf, -1.0, -2.0], [-inf, -inf, -1.0, -1.5, -2.0]))
     options = LossOptions(surrogate=name, kl_coef=0.1)

@@ -362,7 +362,7 @@ def test_no_value_is_read_on_the_host():
         assert result.is_meta
 
 
-def test_compiled_whole_equals_eager():
+def test_compiled_whole_equals_eager(fresh_compiler):
     clean, corrupted = -torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 5, [True, False, True, False, True], [False] * 5])
     inputs = clean, corrupted, torch.tensor([1.0, -1.0, 0.0]), mask

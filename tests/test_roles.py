@@ -714,7 +714,7 @@ def random_tokens(batch=16, length=24):
 
 
 @pytest.mark.parametrize("more", [{}, {"nested": True, "open_at_start": "reasoning", "is_blank": IS_BLANK}])
-def test_segment_roles_compiles_whole_and_equals_eager(more):
+def test_segment_roles_compiles_whole_and_equals_eager(more, fresh_compiler):
     ids, mask = random_tokens()
     if more:
         ids[: len(ids) // 2, :6] = torch.tensor([9, 1, 10, 2, 9, 4])

@@ -205,11 +205,10 @@ def test_an_unknown_name_is_a_value_error(choice):
 
 
 @each_choice
-def test_an_unknown_name_is_a_value_error_in_a_graph_that_must_be_whole(choice):
+def test_an_unknown_name_is_a_value_error_in_a_graph_that_must_be_whole(choice, fresh_compiler):
     """PyTorch wraps whatever is raised there, and quotes it; before torch 2.9 it only says that there was something."""
     if choice.function in ON_THE_HOST:
         pytest.skip("reads values on the host")
-    torch.compiler.reset()
     quotes = Version(torch.__version__).release >= (2, 9)
     with pytest.raises(
         (ValueError, Unsupported), match=message_of(choice) if quotes else "Observed exception"
@@ -218,10 +217,9 @@ def test_an_unknown_name_is_a_value_error_in_a_graph_that_must_be_whole(choice):
     assert isinstance(error.value, ValueError) or not quotes or "raised exception ValueError(" in str(error.value)
 
 
-def test_an_unknown_name_is_a_value_error_under_compile():
+def test_an_unknown_name_is_a_value_error_under_compile(fresh_compiler):
     """Where the graph may break, it is the very error. One function stands for all: this is slow."""
     choice = next(choice for choice in CHOICES if choice.function == "kl_penalty")
-    torch.compiler.reset()
     with pytest.raises(ValueError, match=message_of(choice)):
         torch.compile(partial(call, choice), backend="eager")("typo", needed_arguments(choice))
 

@@ -458,10 +458,9 @@ def path(options, log_probs, old, corrupted, counterfactual, ref, roles, advanta
 OPTIONS = SRPOConfig(kl_coef=0.1, surrogate=Clip(dual=3.0), baseline="median")
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole_equals_eager(dynamic):
-    torch.compiler.reset()
-    compiled = torch.compile(path, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+def test_compiled_whole_equals_eager(fresh_compiler):
+    """The second batch makes a second graph, of any shape."""
+    compiled = torch.compile(path, fullgraph=True, backend="aot_eager")
     for batch, time in ((3, 8), (5, 11)):
         inputs = path_inputs(batch, time, seed=batch)
         results = []
@@ -474,8 +473,7 @@ def test_compiled_whole_equals_eager(dynamic):
             torch.testing.assert_close(whole, eager)
 
 
-def test_compiled_by_inductor_equals_eager(cpp_compiler):
-    torch.compiler.reset()
+def test_compiled_by_inductor_equals_eager(cpp_compiler, fresh_compiler):
     inputs = path_inputs(3, 8, seed=0)
     compiled = torch.compile(path, fullgraph=True)
     for mix in (1.0, 0.3):
@@ -483,9 +481,8 @@ def test_compiled_by_inductor_equals_eager(cpp_compiler):
         torch.testing.assert_close(compiled(options, *inputs), path(options, *inputs))
 
 
-def test_a_ramp_of_mix_makes_two_graphs_at_most():
+def test_a_ramp_of_mix_makes_two_graphs_at_most(fresh_compiler):
     """One for the first value, one for all others: a graph for each step would end a compiled run at the ninth."""
-    torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(path, fullgraph=True, backend=graphs)
     inputs = path_inputs(3, 8, seed=0)
@@ -500,8 +497,7 @@ def test_a_ramp_of_mix_makes_two_graphs_at_most():
     assert graphs.frame_count <= 2
 
 
-def test_the_fused_loss_takes_options_and_output_layers_into_one_graph():
-    torch.compiler.reset()
+def test_the_fused_loss_takes_options_and_output_layers_into_one_graph(fresh_compiler):
     graphs = CompileCounterWithBackend("aot_eager")
 
     def loss(hidden, output, advantages, options):
@@ -532,8 +528,7 @@ def largest(scores, masks):
     return torch.where(masks.scored(), scores, -torch.inf).amax(1, keepdim=True).clamp(min=-5.0)
 
 
-def test_functions_of_the_user_are_baseline_and_map_in_eager_mode_and_compiled():
-    torch.compiler.reset()
+def test_functions_of_the_user_are_baseline_and_map_in_eager_mode_and_compiled(fresh_compiler):
     inputs = path_inputs(3, 8, seed=0)
     old, roles, mask = inputs[1], inputs[5], inputs[7]
     options = SRPOConfig(weight_map=tempered, baseline=largest, kl_coef=0.1, strength=0.5)
@@ -548,8 +543,7 @@ def test_functions_of_the_user_are_baseline_and_map_in_eager_mode_and_compiled()
     torch.testing.assert_close(compiled(options, *inputs), path(options, *inputs))
 
 
-def test_every_tensor_function_compiles_whole():
-    torch.compiler.reset()
+def test_every_tensor_function_compiles_whole(fresh_compiler):
     log_probs, old, corrupted, counterfactual, ref, roles, advantages, mask = path_inputs(3, 8, seed=0)
     logits, ids, groups = torch.randn(3, 8, 11), torch.randint(11, (3, 8)), torch.tensor([0, 1, 0])
     scores = log_probs - old

@@ -280,7 +280,7 @@ def test_readings_interfere_and_stray_words_do_not():
     felt = {}
     for others in ("read", "words"):
         world = replace(WORLD, others=others)
-        model = warm_start(world, replace(BRIEF, max_steps=250), seed=0)
+        model = warm_start(world, replace(BRIEF, max_steps=80), seed=0)
         batch, _ = roll_out(model, world, replace(TINY, prompts=64), seeded(1), 1)
         felt[others] = interference_of(model, batch, Oracle().weights(model, batch))
     assert felt["read"] > 3 * felt["words"]
@@ -345,7 +345,7 @@ def test_an_interval_covers_as_often_as_it_says():
 
 
 def test_the_command_finds_its_runs_again(monkeypatch, tmp_path):
-    setting = Setting(WORLD, replace(BRIEF, max_steps=20), replace(TINY, steps=10))
+    setting = Setting(WORLD, replace(BRIEF, max_steps=20), replace(TINY, steps=4))
     monkeypatch.setitem(study.WORLDS, "read", setting)
     monkeypatch.setattr(study, "EVALUATION", 32)
     arguments = ["explore", "--worlds", "read", "--arms", "grpo; use", "--rates", "0.001", "--seeds", "2"]

@@ -239,8 +239,7 @@ def test_values_on_a_device_are_left_alone_where_a_step_must_not_wait():
     assert stage.ran[3:] == ["inner"]
 
 
-def test_nothing_is_checked_in_a_compiled_graph():
-    torch.compiler.reset()
+def test_nothing_is_checked_in_a_compiled_graph(fresh_compiler):
     stage = Stage()
     compiled = torch.compile(lambda values: stage.inner(values) + 1.0, fullgraph=True, backend="eager")
     assert compiled(NAN).isnan().tolist() == [False, True]

@@ -325,8 +325,7 @@ def _exactly_one_at_0(centered, scored, strength, *, power):
     return value / power_of_softplus(torch.zeros_like(centered), scored, 0.0, power=power)
 
 
-def test_functions_compile_whole():
-    torch.compiler.reset()
+def test_functions_compile_whole(fresh_compiler):
     scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     roles, mask = torch.tensor([[P, P, R, R, N, P]] * 2), torch.ones(2, 6).bool()
     options = CreditOptions(baseline=token_mean, weight_map=partial(power_of_softplus, power=1.5))
