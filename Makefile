@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python -m benchmarks.grounding.demo $(ARGS)
 
 test: lint docs
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
