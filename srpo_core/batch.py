@@ -17,6 +17,7 @@ from torch import Tensor
 from srpo_core.checked import choose
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
 from srpo_core.diagnostics import credit_diagnostics
+from srpo_core.engine_gap import ENGINE_METRICS, engine_gap
 from srpo_core.masking import masked_mean
 from srpo_core.options import ContextOptions, SRPOConfig
 from srpo_core.reliance import SpanCounterfactuals, span_counterfactuals
@@ -271,6 +272,7 @@ def credit(
     step: int,
     image_counts: Int[Tensor, "batch 2"] | None = None,
     correct: Bool[Tensor, " batch"] | Int[Tensor, " batch"] | None = None,
+    engine_log_probs: Float[Tensor, "batch time"] | None = None,
     scale_state: ScaleState | None = None,
 ) -> Credit:
     """Token advantages of a rollout batch from the log-probs of its views, and every metric that is logged about them.
@@ -288,12 +290,14 @@ def credit(
             A response without images depends on none: its contrast is 0, not the noise between two passes. None: all
             have images, and nobody counted.
         correct: Whether each answer is right, for the metrics: booleans, or 1, 0 and -1 for "not known".
+        engine_log_probs: The sampled tokens as the inference engine reported them, nats, for the metrics alone; NaN
+            where it reported none. None: there is no engine, or it reported nothing.
         scale_state: For `scale` ``ema_rms``: that of the last result.
 
     Returns:
         The credit, with the metrics of :func:`~srpo_core.diagnostics.credit_diagnostics` and beside them
-        ``advantage/zero``, the share of responses that teach nothing, and ``corruption/unchanged``, the share of images
-        that the corruption left as they were.
+        ``advantage/zero``, the share of responses that teach nothing, ``corruption/unchanged``, the share of images
+        that the corruption left as they were, and those of :func:`~srpo_core.engine_gap.engine_gap`.
 
     Raises:
         ValueError: If a view was not scored, or has another shape, or as :func:`~srpo_core.srpo_advantages`.
@@ -352,6 +356,8 @@ def credit(
     if image_counts is not None:
         images, unchanged = image_counts.sum(0)
         metrics["corruption/unchanged"] = unchanged / images  # NaN without images
+    if engine_log_probs is not None:
+        metrics |= engine_gap(old_log_probs, roles, batch.mask, scores=made.scores, engine_log_probs=engine_log_probs)
     return made._replace(metrics=metrics, donors=donors)
 
 
@@ -408,7 +414,8 @@ def logged(metrics: Mapping[str, Tensor], *, which: MetricSet = "main") -> dict[
 
     Args:
         metrics: 0-d tensors by name, of a :class:`~srpo_core.Credit`.
-        which: ``main`` for those of :data:`MAIN_METRICS`, ``all`` for every metric that is given.
+        which: ``main`` for those of :data:`MAIN_METRICS` and the gap to an inference engine, ``all`` for every metric
+            that is given.
 
     Raises:
         ValueError: If `which` is unknown.
@@ -421,7 +428,7 @@ def logged(metrics: Mapping[str, Tensor], *, which: MetricSet = "main") -> dict[
         >>> logged(metrics, which="all")
         {'srpo/advantage/zero': 0.5, 'srpo/weight/perception/p95': 2.0}
     """
-    names = choose("which", which, {"main": MAIN_METRICS, "all": tuple(metrics)})
+    names = choose("which", which, {"main": MAIN_METRICS + ENGINE_METRICS, "all": tuple(metrics)})
     metrics = {name: metrics[name] for name in names if name in metrics}
     values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
     return {f"srpo/{name}": value for name, value in zip(metrics, values, strict=True) if not math.isnan(value)}

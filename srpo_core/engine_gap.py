@@ -1,8 +1,5 @@
 """How far an inference engine's log-probs are from the trainer's own, beside the contrasts that are measured."""
 
-import logging
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,9 +9,10 @@ from srpo_core.masking import at_least_float32, log_ratio_of, masked_mean
 from srpo_core.roles import role_masks
 from srpo_core.typechecking import typechecked
 
-__all__ = ["EngineGapWatch", "engine_gap"]
+__all__ = ["ENGINE_METRICS", "engine_gap"]
 
-logger = logging.getLogger("srpo_core")
+#: What :func:`engine_gap` measures.
+ENGINE_METRICS = ("engine/gap/mean", "engine/gap/p95", "engine/score/mean")
 
 _ABSENT = float("nan")
 
@@ -67,39 +65,3 @@ def engine_gap(
         "engine/gap/p95": masked_quantiles(gap, {"gap": known})["gap/p95"],
         "engine/score/mean": masked_mean(scores.detach().abs(), scored, empty=_ABSENT),
     }
-
-
-class EngineGapWatch:
-    """Warns once in a run where the engine's gap is larger than the scores that are measured.
-
-    Args:
-        warns: Whether this process warns: of several that see the same batches, one does.
-
-    Example:
-        >>> from srpo_core.engine_gap import EngineGapWatch
-        >>> watch = EngineGapWatch()
-        >>> watch.look({"engine/gap/mean": torch.tensor(0.01), "engine/score/mean": torch.tensor(0.2)})
-        False
-    """
-
-    def __init__(self, *, warns: bool = True) -> None:
-        self._warns = warns
-
-    def look(self, metrics: Mapping[str, Tensor]) -> bool:
-        """Look at the metrics of :func:`engine_gap` and say whether the gap is the larger one; waits for the device.
-
-        Args:
-            metrics: Of one rollout batch. NaN, where nothing was measured, is no reason to warn.
-        """
-        gap, score = float(metrics["engine/gap/mean"]), float(metrics["engine/score/mean"])
-        is_larger = gap > score
-        if is_larger and self._warns:
-            self._warns = False
-            logger.warning(
-                "SRPO: the inference engine's log-probs differ from the trainer's own by %.2f nats a token on average, "
-                "and the scores are %.2f nats on average: take every log-prob that SRPO compares from the trainer's "
-                "forward pass, and bring the engine closer to it (the same dtype and the same image sizes)",
-                gap,
-                score,
-            )
-        return is_larger

@@ -18,6 +18,7 @@ from srpo_core.processor_values import (
     Sides,
     channel_numbers,
     image_facts,
+    image_token_id_of,
     refuse_unknown_pixels,
     sides,
     vision_patch_size,
@@ -27,8 +28,8 @@ from srpo_core.processor_values import (
 from srpo_core.typechecking import typechecked
 
 __all__ = [
-    "ImageFacts", "corrupt_pixel_values", "corrupt_rows", "count_images", "image_facts", "images_without_padding",
-    "refuse_unknown_pixels", "vision_patch_size", "where_images_are",
+    "ImageFacts", "corrupt_pixel_values", "corrupt_rows", "count_images", "image_facts", "image_token_id_of",
+    "images_without_padding", "refuse_unknown_pixels", "vision_patch_size", "where_images_are",
 ]  # fmt: skip
 
 _RGB = 3

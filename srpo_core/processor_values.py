@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "PIXEL_NAMES", "ImageFacts", "Sides", "channel_numbers", "image_facts", "refuse_unknown_pixels", "sides",
-    "vision_patch_size", "where_images_are", "whole_number",
+    "PIXEL_NAMES", "ImageFacts", "Sides", "channel_numbers", "image_facts", "image_token_id_of",
+    "refuse_unknown_pixels", "sides", "vision_patch_size", "where_images_are", "whole_number",
 ]  # fmt: skip
 
 #: Names under which pixels are corrupted.
@@ -98,6 +98,33 @@ def vision_patch_size(config: Any) -> Sides | None:
     for name in ("vision_config", "patch_size"):
         config = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     return None if config is None else sides("vision_config.patch_size", config)
+
+
+def image_token_id_of(config: Any, *, needed_by: str | None = None) -> int | None:
+    """The id of the image placeholder in a prompt, or None where a model's config does not name it.
+
+    Args:
+        config: Of the model.
+        needed_by: What cannot do without it, as the user wrote it.
+
+    Raises:
+        ValueError: If it is needed and not named.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from srpo_core.pixel_values import image_token_id_of
+        >>> image_token_id_of(SimpleNamespace(image_token_index=32000))
+        32000
+    """
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    if needed_by is not None:
+        raise ValueError(
+            f"{needed_by} has to know the image placeholder, but the config of {config.model_type!r} has neither "
+            "image_token_id nor image_token_index: choose another corruption"
+        )
+    return None
 
 
 def where_images_are(name: str, pixels: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ What makes SRPO do nothing is an error in the first batch and later a warning.
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -54,6 +54,7 @@ class RunWatch:
     def __init__(self, options: SRPOConfig, tokenizer: TokenizerLike, *, named: str = "{}", warns: bool = True) -> None:
         self._options, self._tokenizer, self._named, self._warns = options, tokenizer, named, warns
         self._is_first = True
+        self._compares = warns
         self._few, self._warn_at = 0, 1  # batches with few well-formed responses, and at which of them to warn
 
     def look(
@@ -78,6 +79,29 @@ class RunWatch:
             self._check(batch, prompts, image_counts)
         self._is_first = False
         self._warn_of_few(batch)
+
+    def look_at_engine(self, metrics: Mapping[str, Tensor]) -> bool:
+        """Whether the inference engine's log-probs are further from the trainer's than scores are from 0.
+
+        The first such batch of a run is warned of. It waits for the device.
+
+        Args:
+            metrics: Of a :class:`~srpo_core.Credit`. Where the gap was not measured, the answer is no.
+        """
+        if "engine/gap/mean" not in metrics:
+            return False
+        gap, score = float(metrics["engine/gap/mean"]), float(metrics["engine/score/mean"])
+        is_larger = gap > score
+        if is_larger and self._compares:
+            self._compares = False
+            logger.warning(
+                "SRPO: the inference engine's log-probs differ from the trainer's own by %.2f nats a token on average, "
+                "and the scores are %.2f nats on average: take every log-prob that SRPO compares from the trainer's "
+                "forward pass, and bring the engine closer to it (the same dtype and the same image sizes)",
+                gap,
+                score,
+            )
+        return is_larger
 
     def _written(self, name: str) -> str:
         return self._named.replace("{}", name)

@@ -19,6 +19,7 @@ from srpo_core import (
 )
 from srpo_core.batch import MAIN_METRICS, ending_ids, logged, prompt_id, record
 from srpo_core.diagnostics import credit_diagnostics
+from srpo_core.engine_gap import ENGINE_METRICS
 from srpo_core.reliance import span_counterfactuals
 from srpo_core.rollouts import RolloutWriter, read_rollouts
 from srpo_core.tags import BrokenReason
@@ -497,6 +498,19 @@ def test_logged_is_numbers_under_one_prefix():
         assert logged({}, which=which) == {}
     assert logged({"a": torch.tensor(math.nan), "b": torch.tensor(1)}, which="all") == {"srpo/b": 1.0}
     assert logged({"a": torch.tensor(2), "b": torch.tensor(0.5)}, which="all") == {"srpo/a": 2.0, "srpo/b": 0.5}
+
+
+def test_the_gap_to_an_engine_is_measured_where_there_is_one_and_changes_nothing_else():
+    batch = responses()
+    engine = (old_log_probs_of(batch) - 0.25).masked_fill(~batch.mask, torch.nan)
+    made, without = (credited(batch, plan_of(batch), **more) for more in ({"engine_log_probs": engine}, {}))
+    assert torch.equal(made.advantages, without.advantages)
+    assert {*made.metrics} - {*without.metrics} == set(ENGINE_METRICS)
+    numbers = logged(made.metrics)
+    assert list(numbers)[-3:] == [f"srpo/{name}" for name in ENGINE_METRICS]
+    scored = batch.mask & (batch.segmentation.roles > 0)
+    expected = (0.25, 0.25, made.scores[scored].abs().mean().item())
+    assert [numbers[f"srpo/{name}"] for name in ENGINE_METRICS] == pytest.approx(expected, abs=1e-6)
 
 
 def test_logged_is_by_default_the_main_metrics_in_their_order():

@@ -1,6 +1,5 @@
-"""The gap between an inference engine and the trainer, reckoned by loops, and the one warning about it."""
+"""The gap between an inference engine and the trainer, reckoned by loops."""
 
-import logging
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from srpo_core import Role
 from srpo_core.batch import logged
-from srpo_core.engine_gap import EngineGapWatch, engine_gap
+from srpo_core.engine_gap import engine_gap
 
 P, R, O = int(Role.PERCEPTION), int(Role.REASONING), int(Role.OTHER)  # noqa: E741
 
@@ -72,26 +71,3 @@ def test_engine_gap_needs_no_host_sync():
     values, roles = torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=int, device="meta")
     metrics = engine_gap(values, roles, roles == 0, scores=values, engine_log_probs=values)
     assert all(metric.device.type == "meta" and metric.ndim == 0 for metric in metrics.values())
-
-
-def gap_of(gap, score):
-    return {"engine/gap/mean": torch.tensor(gap), "engine/score/mean": torch.tensor(score)}
-
-
-def test_a_gap_above_the_scores_is_warned_of_once(caplog):
-    caplog.set_level(logging.WARNING, logger="srpo_core")
-    watch = EngineGapWatch()
-    assert not watch.look(gap_of(0.1, 0.3))
-    assert not watch.look(gap_of(math.nan, 0.3))
-    assert not watch.look(gap_of(0.1, math.nan))
-    assert not caplog.records
-    assert watch.look(gap_of(0.3, 0.1))
-    assert watch.look(gap_of(0.4, 0.1))
-    (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "SRPO: the inference engine's log-probs differ from the trainer's own by 0.30 nats a token on average, and the "
-        "scores are 0.10 nats on average: take every log-prob"
-    )
-    caplog.clear()
-    assert EngineGapWatch(warns=False).look(gap_of(0.3, 0.1))
-    assert not caplog.records

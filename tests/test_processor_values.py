@@ -9,6 +9,7 @@ import torch
 from srpo_core.processor_values import (
     Sides,
     image_facts,
+    image_token_id_of,
     refuse_unknown_pixels,
     sides,
     vision_patch_size,
@@ -56,6 +57,15 @@ def test_vision_patch_size_of_objects_and_dicts():
     assert vision_patch_size(SimpleNamespace(vision_config=None)) is vision_patch_size(None) is None
     with pytest.raises(ValueError, match=r"vision_config.patch_size must be .* got \[7, 3, 3, 3\]"):
         vision_patch_size({"vision_config": {"patch_size": [7, 3, 3, 3]}})
+
+
+def test_image_token_id_of_finds_either_name_and_says_who_needs_it():
+    for name in ("image_token_id", "image_token_index"):
+        assert image_token_id_of(SimpleNamespace(**{name: 7, "model_type": "x"})) == 7
+    nameless = SimpleNamespace(model_type="nameless", image_token_id=None)
+    assert image_token_id_of(nameless) is None
+    with pytest.raises(ValueError, match=r"^corruption='none' has to know .* config of 'nameless' has neither"):
+        image_token_id_of(nameless, needed_by="corruption='none'")
 
 
 def test_sides_and_whole_numbers_are_at_least_one():

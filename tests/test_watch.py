@@ -1,6 +1,7 @@
 """The look at each batch: settings that make SRPO do nothing end a run at its first batch, and later are warned of."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -201,3 +202,26 @@ def test_batch_in_words_leaves_out_what_is_not_known():
     empty = batch._replace(mask=batch.mask & False)
     made = credited(empty, plan_of(batch))
     assert batch_in_words(empty, made, advantages=ADVANTAGES, step=0) == "step 0: no response has a token to train on"
+
+
+def gap_of(gap, score):
+    return {"engine/gap/mean": torch.tensor(gap), "engine/score/mean": torch.tensor(score)}
+
+
+def test_a_gap_above_the_scores_is_warned_of_once(warnings):
+    own = watch()
+    assert not own.look_at_engine(gap_of(0.1, 0.3))
+    assert not own.look_at_engine(gap_of(math.nan, 0.3))
+    assert not own.look_at_engine(gap_of(0.1, math.nan))
+    assert not own.look_at_engine({})
+    assert not warnings.records
+    assert own.look_at_engine(gap_of(0.3, 0.1))
+    assert own.look_at_engine(gap_of(0.4, 0.1))
+    (record,) = warnings.records
+    assert record.getMessage().startswith(
+        "SRPO: the inference engine's log-probs differ from the trainer's own by 0.30 nats a token on average, and the "
+        "scores are 0.10 nats on average: take every log-prob"
+    )
+    warnings.clear()
+    assert watch(warns=False).look_at_engine(gap_of(0.3, 0.1))
+    assert not warnings.records

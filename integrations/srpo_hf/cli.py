@@ -1,7 +1,5 @@
 """``srpo score``: a model's log-probs in every view, added to anyone's rollouts."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +11,7 @@ from rich.text import Text
 
 from srpo_core import SRPOConfig
 from srpo_core.checked import OptionError
-from srpo_core.cli.reading import File, Strict, finish, with_tags
+from srpo_core.cli.reading import File, Strict, finish, with_options, with_tags, written
 from srpo_core.cli.terminal import err, out, safe, stop, table
 from srpo_core.options import ContextOptions
 from srpo_core.rollouts import RolloutError
@@ -21,29 +19,13 @@ from srpo_core.rollouts.retag import Retag
 
 __all__ = ["score"]
 
-_OFFERED = ("corruption", "corruption_amount", "seed", "counterfactual", "counterfactual_image", "answer_role")
-
-
-def _written(name: str) -> str:
-    """The name of an option on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the options of contexts into the signature of a command, where typer finds them, instead of `**chosen`."""
-    signature, hints = inspect.signature(command), get_type_hints(ContextOptions)
-    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    for each in (each for each in fields(ContextOptions) if each.name in _OFFERED):
-        annotation = Annotated[hints[each.name], typer.Option(_written(each.name), help=each.metadata["help"])]
-        parameters.append(
-            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=annotation)
-        )
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return command
+_HINTS = get_type_hints(ContextOptions)
+_NAMES = ("corruption", "corruption_amount", "seed", "counterfactual", "counterfactual_image", "answer_role")
+_OFFERED = {each.name: (each, _HINTS[each.name]) for each in fields(ContextOptions) if each.name in _NAMES}
 
 
 @with_tags
-@_with_options
+@with_options(_OFFERED)
 def score(
     file: File,
     *,
@@ -92,7 +74,7 @@ def score(
     try:
         config = SRPOConfig(**chosen)
     except OptionError as error:
-        stop(error.worded(_written))
+        stop(error.worded(written))
     if not temperature > 0:
         stop(f"--temperature must be above 0, got {temperature}")
     target = file.with_name(f"{file.stem}.scored.jsonl") if output is None else output

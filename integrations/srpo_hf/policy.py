@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from srpo_core import OutputLayer, fused_linear_log_probs, token_log_probs
-from srpo_hf.prompts import EncodedPrompt, image_token_id_of
+from srpo_core.pixel_values import image_token_id_of
+from srpo_hf.prompts import EncodedPrompt
 
 __all__ = ["Policy", "Task", "evaluating", "same_layout"]
 
@@ -66,9 +68,7 @@ class Policy:
         self.config: Any = self.inner.config
         has_parts = hasattr(self.config, "get_text_config")
         self.text_config: Any = self.config.get_text_config() if has_parts else self.config
-        # A subclass may pass on what it does not name.
-        forwards = [kind.forward for kind in type(self.inner).__mro__ if "forward" in vars(kind)]
-        self.takes = frozenset(name for each in forwards for name in inspect.signature(each).parameters)
+        self.takes = _arguments_of(type(self.inner))
         self.head: nn.Module = self.inner.get_output_embeddings()
         if self.head is None:
             raise ValueError(
@@ -229,6 +229,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
         for module, value in offsets:
             module.rope_deltas = value
+
+
+@cache
+def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of the arguments of a model's forward. A subclass may pass on what it does not name."""
+    forwards = [each.forward for each in kind.__mro__ if "forward" in vars(each)]
+    return frozenset(name for each in forwards for name in inspect.signature(each).parameters)
 
 
 def _pairs(prompts: Sequence[EncodedPrompt], responses: Sequence[Tensor]) -> Iterator[tuple[EncodedPrompt, Tensor]]:

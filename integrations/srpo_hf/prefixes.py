@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from srpo_core.pixel_values import image_token_id_of
 from srpo_hf.policy import Policy, Task
-from srpo_hf.prompts import EncodedPrompt, image_token_id_of
+from srpo_hf.prompts import EncodedPrompt
 
 __all__ = [
     "Prefix", "Store", "continued", "encoded", "longest_common_prefix", "merged", "problem_of_model",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from srpo_core.batch import prompt_id
 from srpo_core.options import ContextOptions
-from srpo_core.pixel_values import corrupt_rows, image_facts, vision_patch_size
+from srpo_core.pixel_values import corrupt_rows, image_facts, image_token_id_of, vision_patch_size
 
 __all__ = [
     "Chat",
@@ -17,8 +17,6 @@ __all__ = [
     "Prompts",
     "corrupt_prompts",
     "encode_prompts",
-    "encoded_rows",
-    "image_token_id_of",
 ]
 
 Chat = Sequence[Mapping[str, Any]]
@@ -101,69 +99,6 @@ def encode_prompts(
     return Prompts(distinct, of_row)
 
 
-def encoded_rows(
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    *,
-    vision: Mapping[str, Tensor],
-    token_types: Mapping[str, Tensor],
-    images_per_row: Sequence[int],
-    tiles_per_row: Sequence[int] | None = None,
-) -> list[EncodedPrompt]:
-    """The prompts of a batch that was padded, one by one without padding: for trainers that hold tensors, not images.
-
-    Args:
-        prompt_ids: [batch, time], padded at either end.
-        prompt_mask: True at real tokens, [batch, time].
-        vision: What the processor made of all images, in the order of the rows. What belongs to each row is told by the
-            grid (flattened patches), or by the first axis: one entry per image, per row (where the tiles of a row are
-            padded to those of the others, as Idefics has them) or per tile.
-        token_types: By name, [batch, time].
-        images_per_row: How many images each prompt has.
-        tiles_per_row: How many tiles, where images are cut into tiles that lie one behind the other.
-
-    Raises:
-        ValueError: If the first axis of an input counts nothing that is known.
-
-    Example:
-        >>> from srpo_hf.prompts import encoded_rows
-        >>> ids = torch.tensor([[0, 5, 6], [5, 7, 8]])
-        >>> first, second = encoded_rows(ids, ids > 0, vision={"pixel_values": torch.ones(1, 3, 2, 2)},
-        ...                              token_types={}, images_per_row=[0, 1])
-        >>> first.token_ids, first.vision, second.vision["pixel_values"].shape
-        (tensor([5, 6]), {}, torch.Size([1, 3, 2, 2]))
-    """
-    rows, grid, pixels = len(prompt_ids), vision.get("image_grid_thw"), vision.get("pixel_values")
-    images_of, tiles_of = list(images_per_row), list(tiles_per_row or [])
-    possible = [images_of, [1] * rows, tiles_of]
-    if pixels is not None and pixels.ndim == 5 and "image_sizes" not in vision:  # [rows, tiles, ...]
-        possible = [[1] * rows]
-    parts: list[dict[str, Tensor]] = [{} for _ in range(rows)]
-    for name, values in vision.items():
-        if name == "pixel_values" and grid is not None:
-            sizes = [int(own.prod(1).sum()) for own in grid.split(images_of)]
-        else:
-            sizes = next((counts for counts in possible if sum(counts) == len(values)), None)
-        if sizes is None:
-            raise ValueError(
-                f"{name} has {len(values)} entries for {rows} prompts with {sum(images_per_row)} images: pass "
-                "tiles_per_row, or images_per_row as the batch has them"
-            )
-        for part, own in zip(parts, values.split(sizes), strict=True):
-            part[name] = own
-    return [
-        EncodedPrompt(
-            ids[real],
-            {name: types[row][real] for name, types in token_types.items()},
-            part if images else {},
-            images,
-        )
-        for row, (ids, real, part, images) in enumerate(
-            zip(prompt_ids, prompt_mask.bool(), parts, images_per_row, strict=True)
-        )
-    ]
-
-
 def corrupt_prompts(
     prompts: Sequence[EncodedPrompt], options: ContextOptions, *, processor: Any, config: Any, step: int
 ) -> tuple[list[EncodedPrompt], Tensor]:
@@ -191,14 +126,6 @@ def corrupt_prompts(
         patch_size=vision_patch_size(config),
     )
     return [prompt._replace(vision=new) for prompt, new in zip(prompts, vision, strict=True)], counts
-
-
-def image_token_id_of(config: Any) -> int | None:
-    """The id of the image placeholder, or None where a config does not name it."""
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return None
 
 
 def _as_list(images: Any, row: int) -> list[Any]:
@@ -295,12 +222,7 @@ def _without_images(prompt: EncodedPrompt, config: Any) -> EncodedPrompt:
     """The prompt without its placeholders; what marks their place (``<|vision_start|>``) stays."""
     if not prompt.images:
         return prompt
-    placeholder = image_token_id_of(config)
-    if placeholder is None:
-        raise ValueError(
-            f"corruption='none' has to know the image placeholder, but the config of {config.model_type!r} has neither "
-            "image_token_id nor image_token_index: choose another corruption"
-        )
+    placeholder = image_token_id_of(config, needed_by="corruption='none'")
     keep = prompt.token_ids != placeholder
     types = {name: torch.zeros_like(value[keep]) for name, value in prompt.token_types.items()}
     return EncodedPrompt(prompt.token_ids[keep], types, {}, 0)

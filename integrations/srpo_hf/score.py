@@ -13,7 +13,7 @@ import torch
 from srpo_core import RolloutBatch, Segmentation, SRPOConfig, credit, plan
 from srpo_core.batch import OPEN_BLOCKS
 from srpo_core.engine_gap import engine_gap
-from srpo_core.roles import Role, label_tokens, roles_of_blocks
+from srpo_core.roles import label_tokens, roles_of_blocks
 from srpo_core.rollouts import Retag, Rollout, RolloutError, parse_rollout
 from srpo_core.rollouts import values as of
 from srpo_core.rollouts.lines import is_blank, load_json, load_strictly
@@ -27,13 +27,12 @@ from srpo_hf.prompts import EncodedPrompt
 __all__ = ["Outcome", "ScoreOptions", "score_file"]
 
 _SHOWN = 5  # places that are kept of each reason
-_PERCEPTION = int(Role.PERCEPTION)
 
 
 class _Scores(Protocol):
     """What this module needs of :class:`srpo_hf.Scorer`."""
 
-    def score(self, prompts: Any, images: Any, batch: Any, planned: Any, *, step: int) -> Any: ...
+    def score(self, prompts: Any, images: Any, batch: Any, planned: Any, *, step: int, every_token: bool) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +268,7 @@ def _score_batch(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batch = _batch(rows, config, pad)
     planned = plan(batch, config, has_images=any(row.has_image for row in rows), pad_token_id=pad)
-    # As if all tokens were perception: roles may be read with other tags later, so each is scored without its image.
-    whole = batch._replace(
-        segmentation=batch.segmentation._replace(roles=torch.full_like(batch.token_ids, _PERCEPTION))
-    )
-    made = scorer.score([row.prompt for row in rows], None, whole, planned, step=step)
+    made = scorer.score([row.prompt for row in rows], None, batch, planned, step=step, every_token=True)
     log_probs = {name: values.float().cpu() for name, values in made.log_probs.items()}
     old = log_probs.pop("original")
     is_wrong = (old.isnan() & batch.mask).any(1)

@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from srpo_core import OutputLayer, RolloutBatch, SRPOConfig
+from srpo_core import OutputLayer, Role, RolloutBatch, SRPOConfig
 from srpo_core.batch import Plan
 from srpo_hf.policy import Policy, Task, evaluating, same_layout
 from srpo_hf.prefixes import Store, continued, encoded, merged, problem_of_model, problem_of_prompt
 from srpo_hf.prompts import Chat, EncodedPrompt, Prompts, corrupt_prompts, encode_prompts
-from srpo_hf.tasks import filled, tasks_of_changed, tasks_of_corrupted, tasks_of_original
+from srpo_hf.tasks import filled, tasks_of, tasks_of_changed
 
 __all__ = ["Scored", "Scorer", "Work"]
 
@@ -139,6 +139,7 @@ class Scorer:
         *,
         step: int = 0,
         rows: Sequence[int] | Tensor | None = None,
+        every_token: bool = False,
         corrupted: Sequence[EncodedPrompt] | None = None,
         image_counts: Tensor | None = None,
     ) -> Scored:
@@ -158,6 +159,9 @@ class Scorer:
                 get their original log-probs, hence contrast 0 and weight 1: leave out the responses of groups whose
                 advantages are all 0. Metrics count them as responses without a contrast. Where weights are sharded
                 over processes, leave out equally many on each, or none.
+            every_token: Whether the view with the corrupted image has the log-prob of each token rather than of
+                perception alone. No weight depends on the others, but a file of rollouts that may be read with other
+                tags does.
             corrupted: The prompts with the image corrupted, one per response, where that was done already; None: made
                 here.
             image_counts: Of these, as in the result.
@@ -179,7 +183,7 @@ class Scorer:
             shown["corrupted"] = made
         if not any(prompt.images for prompt in own.distinct):
             image_counts = None
-        tasks = self._tasks(batch, planned, own, _chosen(rows, len(batch.token_ids)))
+        tasks = self._tasks(batch, planned, own, _chosen(rows, len(batch.token_ids)), every_token=every_token)
         with evaluating(policy.model):
             values, work = self._run(policy, shown, tasks, planned)
         return Scored(filled(values, tasks, batch, planned), image_counts, work)
@@ -272,21 +276,23 @@ class Scorer:
                 f"mask must have the shape of token_ids, {tuple(token_ids.shape)}, got {tuple(mask.shape)}"
             )
         encoded_ = self._encoded(prompts, images, len(token_ids), policy)
-        tasks = tasks_of_original(token_ids.cpu(), mask.bool().cpu(), encoded_.of_row)
+        tasks = tasks_of(token_ids.cpu(), mask.bool().cpu(), encoded_.of_row)
         if not tasks:
             raise ValueError("mask is False everywhere: there is no token to score. Leave these rows out")
         return encoded_, tasks
 
-    def _tasks(self, batch: RolloutBatch, planned: Plan, own: Prompts, chosen: Tensor) -> dict[str, list[Task]]:
+    def _tasks(
+        self, batch: RolloutBatch, planned: Plan, own: Prompts, chosen: Tensor, *, every_token: bool
+    ) -> dict[str, list[Task]]:
         if batch.attended is not None:
             raise ValueError("batch.attended is set, so token_ids hold prompts too: Scorer takes the responses alone")
         token_ids, mask = batch.token_ids.cpu(), batch.mask.cpu()
-        roles = batch.segmentation.roles.cpu()
-        tasks = {"original": tasks_of_original(token_ids, mask, own.of_row)}
+        without_image = mask if every_token else mask & (batch.segmentation.roles.cpu() == int(Role.PERCEPTION))
+        tasks = {"original": tasks_of(token_ids, mask, own.of_row)}
         has_images = torch.tensor([own.distinct[place].images > 0 for place in own.of_row])
         for view in planned.views:
             if view.responses is None:
-                tasks[view.name] = tasks_of_corrupted(token_ids, mask, roles, own.of_row, chosen & has_images)
+                tasks[view.name] = tasks_of(token_ids, without_image, own.of_row, chosen & has_images)
             else:
                 tasks[view.name] = tasks_of_changed(view.responses, mask, own.of_row, chosen)
         return tasks

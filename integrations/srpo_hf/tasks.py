@@ -5,38 +5,30 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from srpo_core import Role, RolloutBatch
+from srpo_core import RolloutBatch
 from srpo_core.batch import Plan
 from srpo_core.counterfactuals import CounterfactualResponses
 from srpo_hf.policy import Task
 
-__all__ = ["filled", "tasks_of_changed", "tasks_of_corrupted", "tasks_of_original"]
+__all__ = ["filled", "tasks_of", "tasks_of_changed"]
 
 
-def tasks_of_original(token_ids: Tensor, mask: Tensor, of_row: Sequence[int]) -> list[Task]:
-    """Every sampled token of every response. What a response only attends to, such as a tool's output, is not scored.
-
-    Args:
-        token_ids: [batch, time], on the CPU.
-        mask: True at sampled tokens, [batch, time].
-        of_row: The prompt of each response.
-    """
-    return _tasks(token_ids, mask, of_row, torch.ones(len(mask), dtype=torch.bool))
-
-
-def tasks_of_corrupted(
-    token_ids: Tensor, mask: Tensor, roles: Tensor, of_row: Sequence[int], chosen: Tensor
-) -> list[Task]:
-    """The perception of the chosen responses: no weight depends on what other tokens lose with the image.
+def tasks_of(token_ids: Tensor, needed: Tensor, of_row: Sequence[int], chosen: Tensor | None = None) -> list[Task]:
+    """The needed tokens of responses as they are. What follows the last of them is not read.
 
     Args:
         token_ids: [batch, time], on the CPU.
-        mask: True at sampled tokens, [batch, time].
-        roles: :class:`~srpo_core.Role` of each token, [batch, time].
+        needed: [batch, time].
         of_row: The prompt of each response.
-        chosen: True at the responses that are scored, [batch].
+        chosen: True at the responses that are scored, [batch]; None: all.
     """
-    return _tasks(token_ids, mask & (roles == int(Role.PERCEPTION)), of_row, chosen)
+    tasks = []
+    for row in range(len(needed)) if chosen is None else chosen.nonzero().flatten().tolist():
+        columns = needed[row].nonzero().flatten()
+        if len(columns):
+            end = int(columns[-1]) + 1
+            tasks.append(Task(row, of_row[row], token_ids[row, :end], needed[row, :end], columns))
+    return tasks
 
 
 def tasks_of_changed(
@@ -98,13 +90,3 @@ def filled(
             start[rows[is_kept], view.responses.positions[is_kept]] = original[is_kept]
         made[view.name] = put(start, view.name)
     return made
-
-
-def _tasks(token_ids: Tensor, needed: Tensor, of_row: Sequence[int], chosen: Tensor) -> list[Task]:
-    tasks = []
-    for row in chosen.nonzero().flatten().tolist():
-        columns = needed[row].nonzero().flatten()
-        if len(columns):
-            end = int(columns[-1]) + 1
-            tasks.append(Task(row, of_row[row], token_ids[row, :end], needed[row, :end], columns))
-    return tasks

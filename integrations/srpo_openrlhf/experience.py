@@ -113,6 +113,7 @@ class Weighting:
         advantages = torch.where(batch.mask.any(dim=1), stock.gather(1, first).squeeze(1), 0.0)
         rewards = torch.tensor(_by_row(experiences, [each.rewards.reshape(-1).tolist() for each in experiences]))
         correct = None if self.correct is None else self.correct(rewards, _by_function(experiences))
+        engine = [each.rollout_log_probs for each in experiences]
         credited = credit(
             batch,
             planned,
@@ -123,7 +124,9 @@ class Weighting:
             step=self.step,
             image_counts=image_counts,
             correct=correct,
+            engine_log_probs=None if None in engine else _stack(experiences, engine),
         )
+        self.watch.look_at_engine(credited.metrics)
 
         metrics = logged(credited.metrics, which=self.config.metrics)
         if self.config.summary:

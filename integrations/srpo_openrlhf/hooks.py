@@ -35,8 +35,8 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "RayActorGroup.async_run_method": ("method_name", "args", "kwargs"),
         "RayActorGroup.async_run_method_batch": ("method_name", "kwargs"),
         "Experience": (
-            *("sequences", "attention_mask", "action_mask", "action_log_probs", "advantages", "rewards"),
-            *("index", "prompts", "mm_train_inputs", "info"),
+            *("sequences", "attention_mask", "action_mask", "action_log_probs", "rollout_log_probs"),
+            *("advantages", "rewards", "index", "prompts", "mm_train_inputs", "info"),
         ),
     },
     "openrlhf.trainer.ray.ppo_actor": {

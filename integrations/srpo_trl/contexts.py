@@ -11,6 +11,7 @@ from srpo_core.batch import prompt_id
 from srpo_core.pixel_values import (
     count_images,
     image_facts,
+    image_token_id_of,
     images_without_padding,
     refuse_unknown_pixels,
     vision_patch_size,
@@ -67,7 +68,7 @@ def contexts_of(
         return {"original": original}, None
     images = torch.tensor(_images_per_row(original), device=group_ids.device)
     if options.corruption == "none":
-        corrupted = _without_images(original, _image_token_id(model_config))
+        corrupted = _without_images(original, image_token_id_of(model_config, needed_by="srpo_corruption='none'"))
         return {"original": original, "corrupted": corrupted}, torch.stack([images, 0 * images], dim=1)
     pixels, facts = vision["pixel_values"], image_facts(processor)
     first_of_row = (images.cumsum(0) - images).repeat_interleave(images)
@@ -144,7 +145,7 @@ def _original(batch: dict[str, Any]) -> Context:
     return Context(batch["prompt_ids"], batch["prompt_mask"], vision, types)
 
 
-def _without_images(context: Context, image_token_id: int) -> Context:
+def _without_images(context: Context, image_token_id: int | None) -> Context:
     """The same prompts without images: placeholders removed, what marks their place (``<|vision_start|>``) left."""
     keep = context.prompt_mask.bool() & (context.prompt_ids != image_token_id)
     order = keep.long().argsort(dim=1, stable=True)  # padding and placeholders to the left, the rest as it was
@@ -166,13 +167,3 @@ def _images_per_row(context: Context) -> list[int]:
     images = list(context.vision.get("num_images") or [1] * rows)
     is_padded_per_row = "image_grid_thw" not in context.vision and len(pixels) != sum(images)
     return [1] * rows if is_padded_per_row else images
-
-
-def _image_token_id(model_config: Any) -> int:
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(model_config, name, None) is not None:
-            return getattr(model_config, name)
-    raise ValueError(
-        f"srpo_corruption='none' has to know the image placeholder, but the config of {model_config.model_type!r} has "
-        "neither image_token_id nor image_token_index: choose another corruption"
-    )

@@ -6,7 +6,7 @@ import torch
 from srpo_hf import EncodedPrompt, Scorer
 from torch import Tensor
 
-from srpo_core import Role, RolloutBatch
+from srpo_core import RolloutBatch
 from srpo_core.batch import Plan
 from srpo_core.counterfactuals import CounterfactualResponses
 from srpo_trl.contexts import Context
@@ -15,7 +15,13 @@ __all__ = ["encoded_prompts", "own_rows", "score_with_shared_prefixes"]
 
 
 def score_with_shared_prefixes(
-    scorer: Scorer, contexts: dict[str, Context], responses: RolloutBatch, planned: Plan, own: slice
+    scorer: Scorer,
+    contexts: dict[str, Context],
+    responses: RolloutBatch,
+    planned: Plan,
+    own: slice,
+    *,
+    every_token: bool,
 ) -> dict[str, Tensor]:
     """The log-probs, nats, of this rank's responses in their own context, ``original``, and in every view of the plan.
 
@@ -25,15 +31,12 @@ def score_with_shared_prefixes(
         responses: Of all ranks.
         planned: For these.
         own: Which of them are this rank's.
+        every_token: As :meth:`srpo_hf.Scorer.score` takes it.
     """
     prompts = encoded_prompts(contexts["original"])
     corrupted = encoded_prompts(contexts["corrupted"]) if "corrupted" in contexts else None
     batch, local = own_rows(responses, planned, own)
-    # As if all tokens were perception: the file of rollouts may be read with other tags later, and then needs each
-    # token's log-prob without the image.
-    roles = torch.full_like(batch.token_ids, int(Role.PERCEPTION))
-    batch = batch._replace(segmentation=batch.segmentation._replace(roles=roles))
-    return scorer.score(prompts, None, batch, local, corrupted=corrupted).log_probs
+    return scorer.score(prompts, None, batch, local, every_token=every_token, corrupted=corrupted).log_probs
 
 
 def own_rows(responses: RolloutBatch, planned: Plan, own: slice) -> tuple[RolloutBatch, Plan]:

@@ -15,7 +15,6 @@ from trl import GRPOTrainer
 
 from srpo_core import Credit, RolloutBatch, ScaleState, Segmentation, credit, plan
 from srpo_core.batch import Plan, ending_ids, logged, record
-from srpo_core.engine_gap import EngineGapWatch, engine_gap
 from srpo_core.roles import role_masks
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.tags import BrokenReason
@@ -86,7 +85,6 @@ class SRPOMixin(_Base):
         self.add_callback(self._srpo_arrival)
         self.add_callback(self._srpo_summary)
         self.add_callback(_ScaleMemory())
-        self._srpo_gap_watch = EngineGapWatch(warns=self.accelerator.is_main_process)
         self._srpo_scorer = self._srpo_make_scorer()
         family = self.model.config.model_type
         if self._srpo.counterfactual == "mask" and family not in MASK_IS_REMOVAL:
@@ -104,8 +102,8 @@ class SRPOMixin(_Base):
         prompts = [self._srpo_tokenizer.decode(prompt, skip_special_tokens=False)]
         self._srpo_watch.look(rollouts.responses, prompts=prompts, image_counts=rollouts.image_counts)
         credited = self._srpo_credit(batch, rollouts)
-        gap = self._srpo_engine_gap(batch, rollouts, credited)
-        self._srpo_log(rollouts, credited, gap, start)
+        self._srpo_watch.look_at_engine(credited.metrics)
+        self._srpo_log(rollouts, credited, start)
         self._srpo_write(rollouts, credited)
         # Beside the sampled tokens stands what TRL would broadcast there: some of its loss types average over padding.
         advantages = torch.where(rollouts.responses.mask, credited.advantages, rollouts.advantages[:, None])
@@ -191,6 +189,7 @@ class SRPOMixin(_Base):
         made = (self._srpo_score_plainly if self._srpo_scorer is None else self._srpo_score)(batch, rollouts, planned)
         scored = {name: self._srpo_gather(log_probs) for name, log_probs in made.items()}
         log_probs = scored.pop("original")
+        engine = batch.get("sampling_per_token_logps")
         # Transformers may have replaced the callback by its saved self.
         memory = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _ScaleMemory))
         credited = credit(
@@ -203,6 +202,7 @@ class SRPOMixin(_Base):
             step=self.state.global_step,
             image_counts=rollouts.image_counts,
             correct=rollouts.correct,
+            engine_log_probs=None if engine is None else self._srpo_gather(engine),
             scale_state=memory.recall(log_probs.device),
         )
         if self.model.training:
@@ -229,7 +229,12 @@ class SRPOMixin(_Base):
         assert self._srpo_scorer is not None
         with self.accelerator.autocast():
             return score_with_shared_prefixes(
-                self._srpo_scorer, rollouts.contexts, rollouts.responses, planned, rollouts.own[0]
+                self._srpo_scorer,
+                rollouts.contexts,
+                rollouts.responses,
+                planned,
+                rollouts.own[0],
+                every_token=self.args.srpo_rollouts is not None,
             )
 
     def _srpo_score_plainly(self, batch: dict[str, Any], rollouts: "_Rollouts", planned: Plan) -> dict[str, Tensor]:
@@ -246,22 +251,6 @@ class SRPOMixin(_Base):
                 inputs = (changed.token_ids[own[0]], changed.attention_mask[own[0]], changed.positions[own])
             scored[name] = self._srpo_log_probs(contexts[image], *inputs)
         return scored
-
-    def _srpo_engine_gap(self, batch: dict[str, Any], rollouts: "_Rollouts", credited: Credit) -> dict[str, Tensor]:
-        """How far the log-probs of an inference engine, where there is one, are from the trainer's own."""
-        engine = batch.get("sampling_per_token_logps")
-        if engine is None:
-            return {}
-        (roles, *_), mask = rollouts.responses.segmentation, rollouts.responses.mask
-        metrics = engine_gap(
-            credited.old_log_probs,
-            roles,
-            mask,
-            scores=credited.scores,
-            engine_log_probs=self._srpo_gather(engine),
-        )
-        self._srpo_gap_watch.look(metrics)
-        return metrics
 
     def _srpo_log_probs(
         self, context: Context, response_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -289,14 +278,14 @@ class SRPOMixin(_Base):
                 "a blank image"
             )
 
-    def _srpo_log(self, rollouts: "_Rollouts", credited: Credit, gap: dict[str, Tensor], start: float) -> None:
+    def _srpo_log(self, rollouts: "_Rollouts", credited: Credit, start: float) -> None:
         """Metrics, the line in words, and the columns of TRL's table of completions."""
         if self.args.srpo_summary and self.model.training and self.accelerator.is_main_process:
             step = self.state.global_step + 1  # as the trainer counts it where it logs the step
             self._srpo_summary.line = batch_in_words(
                 rollouts.responses, credited, advantages=rollouts.advantages, step=step
             )
-        metrics = logged(credited.metrics, which=self.args.srpo_metrics) | logged(gap, which="all")
+        metrics = logged(credited.metrics, which=self.args.srpo_metrics)
         metrics["srpo/seconds"] = time.perf_counter() - start
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)

@@ -134,9 +134,9 @@ class SRPOMixin(_Trainer):
     ) -> KVBatchMeta:
         old = "srpo_original_log_probs" if self._old_log_probs_are_the_rollouts else "old_log_probs"
         views = {view.name: f"srpo_{view.name}_log_probs" for view in planned.views}
-        data = self._get(
-            batch, old, *views.values(), "srpo_images", "srpo_prompt_ids", "rm_scores", "advantages", "response_mask"
-        )
+        fields = ["srpo_images", "srpo_prompt_ids", "rm_scores", "advantages", "response_mask"]
+        engine = "rollout_log_probs"
+        data = self._get(batch, old, *views.values(), *fields, *([engine] if self._engine_tells else []))
         # Nested, as TransferQueue returns whatever has more than one number a row.
         image_counts = torch.stack(data["srpo_images"].unbind())
         # The workers see the images, which make a prompt what it is.
@@ -158,7 +158,9 @@ class SRPOMixin(_Trainer):
             step=self.global_steps - 1,  # verl counts from 1
             image_counts=image_counts,
             correct=correct,
+            engine_log_probs=data[engine].to_padded_tensor(0.0).float() if self._engine_tells else None,
         )
+        self._watch.look_at_engine(credited.metrics)
         metrics.update(logged(credited.metrics, which=self.srpo_config.metrics))
         if self.srpo_config.summary:
             print(batch_in_words(trained, credited, advantages=advantages, step=self.global_steps), flush=True)
@@ -232,6 +234,11 @@ class SRPOMixin(_Trainer):
         """In bypass mode old_log_probs are the rollout engine's, which differ by more than many contrasts do."""
         correction = self.config.algorithm.get("rollout_correction", None)
         return bool(correction and correction.get("bypass_mode", False))
+
+    @property
+    def _engine_tells(self) -> bool:
+        """Whether the rollout engine wrote the log-probs of what it sampled."""
+        return bool(self.config.actor_rollout_ref.rollout.get("calculate_log_probs", False))
 
     def _get(self, batch: KVBatchMeta, *fields: str) -> TensorDict:
         return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))

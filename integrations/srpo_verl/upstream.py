@@ -49,6 +49,7 @@ ATTRIBUTES = {
     "trainer": (
         "actor_rollout_wg.setup_srpo",  # missing: SRPO's worker was not started in the place of verl's
         "actor_rollout_wg.compute_srpo_log_probs",
+        "config.actor_rollout_ref.rollout",
         "config.trainer.critic_warmup",
         "global_steps",
         "tokenizer.pad_token_id",

@@ -3,8 +3,9 @@
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import Field
 from functools import update_wrapper
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -29,7 +30,8 @@ from srpo_core.rollouts.retag import Retag
 from srpo_core.tags import Kind, RoleTags, tag_pair
 
 __all__ = ["DEFAULT_WORKERS", "File", "Files", "Strict", "Workers", "check_output", "finish", "name_lines"]
-__all__ += ["Right", "TagCommand", "progress_bar", "read", "scoring", "summarize", "with_tags"]
+__all__ += ["Right", "TagCommand", "progress_bar", "read", "scoring", "summarize", "with_options", "with_tags"]
+__all__ += ["written"]
 
 
 def _file(path: Path) -> Path:
@@ -122,6 +124,36 @@ def with_tags(command: Callable[..., None]) -> Callable[..., None]:
     update_wrapper(wrapper, command)
     wrapper.__signature__ = signature.replace(parameters=[*own, *options])
     return wrapper
+
+
+def written(name: str) -> str:
+    """The name of an option on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def with_options(offered: Mapping[str, tuple[Field[Any], Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put options into the signature of a command, where typer finds them, instead of its ``**chosen``.
+
+    Args:
+        offered: By name the field of each option in a group of :mod:`srpo_core.options`, and the type of its values.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        for name, (each, kind) in offered.items():
+            notes = [str(bounds)] if (bounds := each.metadata["range"]) and str(bounds) else []
+            if (read_by := each.metadata["read_by"]) is not None:
+                notes.append(f"only with {written(read_by.option)} {' or '.join(read_by.values)}")
+            help_text = each.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+            annotation = Annotated[kind, typer.Option(written(name), help=help_text)]
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=annotation)
+            )
+        command.__signature__ = signature.replace(parameters=parameters)
+        return command
+
+    return decorated
 
 
 def _option(name: str, written: str, help_text: str, **kwargs: Any) -> inspect.Parameter:

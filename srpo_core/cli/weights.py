@@ -1,8 +1,6 @@
 """``srpo weights``: other options applied to recorded log-probs."""
 
-import inspect
 import json
-from collections.abc import Callable
 from dataclasses import Field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +22,9 @@ from srpo_core.cli.reading import (
     progress_bar,
     scoring,
     summarize,
+    with_options,
     with_tags,
+    written,
 )
 from srpo_core.cli.terminal import out, safe, stop, table
 from srpo_core.diagnostics import ROLE_NAMES
@@ -52,30 +52,8 @@ def _offered() -> dict[str, tuple[Field[Any], Any]]:
     return offered
 
 
-def _written(name: str) -> str:
-    """The name of an option on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the offered options into the signature of a command, where typer finds them, instead of its ``**chosen``."""
-    signature = inspect.signature(command)
-    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    for name, (each, kind) in _offered().items():
-        notes = [str(bounds)] if (bounds := each.metadata["range"]) and str(bounds) else []
-        if (read_by := each.metadata["read_by"]) is not None:
-            notes.append(f"only with {_written(read_by.option)} {' or '.join(read_by.values)}")
-        help_text = each.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-        annotation = Annotated[kind, typer.Option(_written(name), help=help_text)]
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=annotation)
-        )
-    command.__signature__ = signature.replace(parameters=parameters)
-    return command
-
-
 @with_tags
-@_with_options
+@with_options(_offered())
 def weights(
     files: Files,
     *,
@@ -100,7 +78,7 @@ def weights(
         before = summarize(files, recorded, strict=strict, workers=workers)
         after = summarize(files, options, strict=strict, workers=workers)
     except OptionError as error:
-        stop(error.worded(_written))
+        stop(error.worded(written))
     except ValueError as error:
         stop(str(error))
     if not after.columns["weighed"].any():

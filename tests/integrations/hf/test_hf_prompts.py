@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from srpo_hf import EncodedPrompt, Scorer
-from srpo_hf.prompts import encode_prompts, encoded_rows
+from srpo_hf import Scorer
+from srpo_hf.prompts import encode_prompts
 from test_hf_views import TOLERANCE, as_promised, assert_close, case, model_of
 from tiny_models import make_image, make_model, make_rollouts
 
@@ -102,40 +102,6 @@ def test_a_template_that_begins_the_text_itself_gets_no_second_beginning():
     for prompt in (chat, "Hello"):
         encode_prompts([prompt], None, processor=Watched(), config=model.config, takes=frozenset())
     assert seen == [False, None]
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "idefics3", "internvl"])
-def test_a_left_padded_batch_of_tensors_is_scored_as_its_prompts(family):
-    """What a trainer holds that processed all prompts together."""
-    (model, processor), (rollouts, full) = model_of(family), case(family)
-    texts = [
-        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in rollouts.prompts
-    ]
-    images = [own for own in rollouts.images if own] if family != "idefics3" else rollouts.images
-    made = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
-    ids, mask = made.pop("input_ids"), made.pop("attention_mask")
-    assert not mask.all()
-    types = {name: made.pop(name) for name in ("token_type_ids", "mm_token_type_ids") if name in made}
-    tiles = None
-    if family == "internvl":
-        per_image = len(made["pixel_values"]) // sum(map(len, rollouts.images))
-        tiles = [per_image * len(own) for own in rollouts.images]
-    encoded = encoded_rows(
-        ids, mask, vision=made, token_types=types, images_per_row=list(map(len, rollouts.images)), tiles_per_row=tiles
-    )
-    assert all(isinstance(each, EncodedPrompt) for each in encoded)
-    scored = Scorer(model, processor, rollouts.options).score(encoded, None, rollouts.batch, rollouts.planned)
-    names = ["original", "counterfactual"] + ["corrupted"] * (
-        family not in ("idefics3",)
-    )  # there padding keys the draw
-    expected = as_promised(full, rollouts)
-    assert_close({name: scored.log_probs[name] for name in names}, {name: expected[name] for name in names})
-
-
-def test_encoded_rows_names_what_it_cannot_tell_apart():
-    ids = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="pixel_values has 5 entries for 2 prompts with 3 images: pass tiles_per_row"):
-        encoded_rows(ids, ids, vision={"pixel_values": torch.ones(5, 3, 2, 2)}, token_types={}, images_per_row=[1, 2])
 
 
 def test_corrupted_prompts_may_be_given():

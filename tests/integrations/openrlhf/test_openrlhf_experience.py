@@ -493,6 +493,18 @@ def test_the_main_metrics_are_logged_and_said_in_words(vision, hooked, capsys):
     assert step(summary=False)[1] == []
 
 
+def test_the_gap_to_the_engine_is_logged_where_the_engine_tells(vision, hooked, monkeypatch):
+    hooked(SRPOConfig())
+    assert "srpo/engine/gap/mean" not in credit_of(vision, rollout(vision), monkeypatch)[0][0].info
+    samples = rollout(vision)
+    for sample in samples:
+        sample.rollout_log_probs = torch.full(sample.action_mask.shape, -2.0)
+    singles, kept = credit_of(vision, samples, monkeypatch)
+    own = torch.cat([single.action_log_probs[single.action_mask.bool()] for single in singles])
+    assert singles[0].info["srpo/engine/gap/mean"].item() == pytest.approx((own + 2.0).abs().mean().item(), abs=1e-4)
+    assert kept.credit.metrics["engine/gap/mean"] > 0.5
+
+
 def test_the_metrics_are_those_of_the_core_and_average_to_the_value_of_the_batch(vision, hooked, monkeypatch):
     hooked(SRPOConfig(), metrics="all")
     singles, kept = credit_of(vision, rollout(vision), monkeypatch)

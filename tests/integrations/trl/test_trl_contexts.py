@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,9 +30,8 @@ class Recorded:
         images = (lambda row: 1 + row % 2) if images_per_row == "1 or 2" else (lambda row: images_per_row)
         dataset = make_dataset(2, images_per_row=images)
         rollouts = Rollouts()
-        trainer = make_trainer(
-            family=family, dataset=dataset, rollouts=rollouts, per_device_train_batch_size=8, **options
-        )
+        options |= {"per_device_train_batch_size": 8, "srpo_rollouts": f"{tempfile.mkdtemp()}/rollouts.jsonl"}
+        trainer = make_trainer(family=family, dataset=dataset, rollouts=rollouts, **options)
         if not shares:
             trainer._srpo_scorer = None
         self.rows = [row for row in dataset for _ in range(4)]

@@ -29,8 +29,8 @@ def made_of(*, shares, images_per_row=lambda row: 1, rollouts=None, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prefixes_give_the_scores_of_plain_passes(family):
-    shared, passes, trainer = made_of(shares=True, family=family)
+def test_shared_prefixes_give_the_scores_of_plain_passes(family, tmp_path):
+    shared, passes, trainer = made_of(shares=True, family=family, srpo_rollouts=str(tmp_path / "rollouts.jsonl"))
     assert passes == 0
     assert trainer._srpo_scorer is not None
     plain, passes, _ = made_of(shares=False, family=family)
@@ -66,11 +66,23 @@ def test_they_do_so_with_every_option(options):
     assert (shared.credit.weights - plain.credit.weights)[mask].abs().max() <= 5e-5
 
 
+def test_without_a_file_of_rollouts_only_perceptions_are_scored_without_the_image(tmp_path):
+    """No weight depends on the others, and a file may be read with other tags later."""
+    alone, *_ = made_of(shares=True)
+    filed, *_ = made_of(shares=True, srpo_rollouts=str(tmp_path / "rollouts.jsonl"))
+    mask, is_seen = alone.batch.mask, alone.batch.segmentation.roles == 1
+    lost, its = ((each.credit.old_log_probs - each.credit.corrupted_log_probs) for each in (alone, filed))
+    assert torch.equal(lost[mask & ~is_seen], torch.zeros(int((mask & ~is_seen).sum())))
+    assert (its[mask & ~is_seen] != 0).any()
+    torch.testing.assert_close(lost[mask & is_seen], its[mask & is_seen], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.credit.weights, filed.credit.weights, atol=2e-5, rtol=0)
+
+
 def test_encoded_prompts_are_the_rows_of_a_context_without_padding():
     trainer = make_trainer(dataset=make_dataset(2), per_device_train_batch_size=8)
     found = []
 
-    def watch(*args):
+    def watch(*args, **_):
         found.append(args)
         raise InterruptedError
 

@@ -45,6 +45,7 @@ from verl_harness.alone import changed_alone, padded, reliance_alone, score_alon
 from srpo_core import LossOptions, SRPOConfig, grpo_loss, srpo_advantages
 from srpo_core.batch import MAIN_METRICS, prompt_id
 from srpo_core.cli.app import app
+from srpo_core.engine_gap import ENGINE_METRICS
 from srpo_core.pixel_values import corrupt_rows
 from srpo_core.rollouts import ScoringOptions, read_rollouts, score_rollouts
 
@@ -419,7 +420,7 @@ def test_weights_are_the_cores_on_the_same_rollouts(parts, run_step):
 def test_the_main_metrics_are_logged_and_said_in_words(run_step, capsys):
     metrics = run_step("+algorithm.srpo.correct='>=0.5'").metrics
     ours = {name for name in metrics if name.startswith("srpo/")}
-    assert ours == {f"srpo/{name}" for name in MAIN_METRICS}
+    assert ours == {f"srpo/{name}" for name in MAIN_METRICS + ENGINE_METRICS}
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "well-formed" in line]
     share = f"perception has {100 * metrics['srpo/tokens/perception/fraction']:.0f} % of the tokens"
     assert re.match(r"step \d+: \d+ of \d+ responses are well-formed", line)
@@ -557,6 +558,7 @@ def test_no_pixels_travel_through_the_driver(run_step):
             "prompts",
             "responses",
             "response_mask",
+            "rollout_log_probs",
             "uid",
             "advantages",
             "old_log_probs",
@@ -602,6 +604,20 @@ def test_bypass_mode_never_contrasts_with_the_rollout_engine(run_step):
     for row, other in zip(weighted.rows, usual.rows, strict=True):
         assert "srpo_original_log_probs" in row
         torch.testing.assert_close(row["advantages"], other["advantages"], atol=1e-5, rtol=0)
+
+
+def test_the_gap_to_the_engine_is_logged_where_the_engine_tells(run_step):
+    """The scripted rollouts have the trainer's own log-probs; here 3 nats less."""
+
+    def offset(key, row):
+        return {"rollout_log_probs": row["rollout_log_probs"] - 3.0}
+
+    option = "actor_rollout_ref.rollout.calculate_log_probs"
+    assert "srpo/engine/gap/mean" not in run_step(f"{option}=false").metrics
+    metrics = run_step(f"{option}=true", changes=offset).metrics
+    assert metrics["srpo/engine/gap/mean"] == pytest.approx(3.0, abs=1e-3)
+    assert metrics["srpo/engine/gap/p95"] == pytest.approx(3.0, abs=1e-3)
+    assert metrics["srpo/engine/score/mean"] > 0
 
 
 def test_rejection_leaves_mean_one_on_what_is_left(run_step):
