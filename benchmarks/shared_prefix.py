@@ -29,6 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from srpo_core import Role, RolloutBatch, Segmentation, SRPOConfig, plan
+
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 8
 VOCABULARY = 16_384
@@ -105,8 +107,6 @@ class Inputs(NamedTuple):
 def make_inputs(cell: Cell, device: str) -> Inputs:
     from srpo_hf import EncodedPrompt, Scorer
 
-    from srpo_core import Role, RolloutBatch, Segmentation, SRPOConfig, plan
-
     g = torch.Generator().manual_seed(0)
 
     def words(count: int) -> torch.Tensor:
@@ -145,13 +145,15 @@ def first_row(batch: Any) -> Any:
     return type(batch)(*parts, batch.group_ids[:1])
 
 
-def plain_pass(inputs: Inputs) -> torch.Tensor:
+def plain_pass(inputs: Inputs, *, cut: bool = False) -> torch.Tensor:
+    """Log-probs of every token; if `cut`, of perceptions alone, and no token behind them is read."""
     parts = [slice(at, at + BATCH_SIZE) for at in range(0, len(inputs.prompts), BATCH_SIZE)]
     batch, found = inputs.batch, []
+    mask = batch.mask & (batch.segmentation.roles == int(Role.PERCEPTION)) if cut else batch.mask
     with torch.no_grad():
         for part in parts:
             rows = slice(part.start, min(part.stop, len(inputs.prompts)))
-            found.append(inputs.scorer.log_probs(inputs.prompts[rows], None, batch.token_ids[rows], batch.mask[rows]))
+            found.append(inputs.scorer.log_probs(inputs.prompts[rows], None, batch.token_ids[rows], mask[rows]))
     return torch.cat(found)
 
 
@@ -182,7 +184,7 @@ def resident_bytes(device: str) -> int:
 @app.command()
 def cell(
     way: Annotated[
-        str, typer.Argument(help="plain, or what is scored with shared prefixes: original, corrupted, all.")
+        str, typer.Argument(help="plain or cut, or what is scored with shared prefixes: original, corrupted, all.")
     ],
     sizes: Annotated[str, typer.Argument(help="Group, prompt, response and perception, comma-separated.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -190,13 +192,13 @@ def cell(
     """Measure one cell in one way, in this process, and print JSON."""
     torch.set_num_threads(1)
     inputs = make_inputs(Cell(*map(int, sizes.split(","))), device)
-    views = inputs.planned.views[: {"plain": 0, "original": 0, "corrupted": 1, "all": 2}[way]]
+    views = inputs.planned.views[: {"corrupted": 1, "all": 2}.get(way, 0)]
     planned, one = inputs.planned._replace(views=views), slice(1)
     before = resident_bytes(device)
     made: dict[str, Any] = {}
-    if way == "plain":
+    if way in ("plain", "cut"):
         plain_pass(inputs._replace(prompts=inputs.prompts[one]))  # warm-up
-        made["seconds"] = seconds(lambda: plain_pass(inputs), device)
+        made["seconds"] = seconds(lambda: plain_pass(inputs, cut=way == "cut"), device)
     else:
         inputs.scorer.score(  # warm-up, in which the scorer compares itself with a plain pass
             inputs.prompts[one], None, first_row(inputs.batch), planned._replace(views=())
@@ -230,7 +232,7 @@ def run(
     console.print(table(results["rows"]))
 
 
-WAYS = ("plain", "original", "corrupted", "all")
+WAYS = ("plain", "cut", "original", "corrupted", "all")
 
 
 def measured(chosen: Cell, device: str, rounds: int) -> dict[str, Any]:
@@ -276,6 +278,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
     # The last token of a response is predicted, not read.
     all_tokens = row["group"] * (row["prompt"] + row["response"] - 1)
     return {
+        "plain, cut": taken["cut"] / plain,
         "original": taken["original"] / plain,
         "corrupted": (taken["corrupted"] - taken["original"]) / plain,
         "swap": (taken["all"] - taken["corrupted"]) / plain,
@@ -288,8 +291,8 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 _COLUMNS = (
-    "device", "G", "prompt", "response", "rounds", "plain pass, s", "original", "corrupted", "swap",
-    "extra views", "all views", "tokens, extra views", "tokens, all views", "memory",
+    "device", "G", "prompt", "response", "rounds", "plain pass, s", "plain, cut", "original", "corrupted",
+    "swap", "extra views", "all views", "tokens, extra views", "tokens, all views", "memory",
 )  # fmt: skip
 
 
@@ -337,6 +340,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "Made by `python -m benchmarks.shared_prefix`, whose first lines say how. All columns after the seconds are\n"
         "ratios to one plain log-prob pass over the same responses: its time, the tokens that it reads, its peak\n"
         "memory beside the model. *Extra views* are the corrupted and the swapped one; *all views* adds the original.\n"
+        "*Plain, cut* is a plain pass that scores perceptions alone and reads nothing behind them.\n"
         f"\n{machines}\nThe cell that was chosen in advance ({size}):\n\n{found}\n\n{head}{body}"
     )
 

@@ -20,7 +20,9 @@ from benchmarks.grounding.train import (
     TrainConfig,
     log_probs_of,
     new_log_probs,
+    plan_views,
     roll_out,
+    score,
     train,
 )
 from benchmarks.grounding.warm_start import WarmStartConfig, warm_start
@@ -332,6 +334,24 @@ def test_no_view_is_scored_where_every_weight_is_one(writer, monkeypatch, option
 def test_credit_given_once_trains_as_credit_given_at_every_update(writer, options):
     found, expected = trace(writer, SRPO(options)), trace(writer, by_hand(options))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"corruption": "other_image"}, {"counterfactual": "mask", "reliance_spans": 2}]
+)
+def test_shared_prefixes_score_as_whole_passes_do(writer, changes):
+    batch, _ = roll_out(writer, WORLD, replace(TINY, prompts=24), seeded(1), 1)
+    options = SRPOConfig(**changes)
+    views = plan_views(batch, options).views
+    assert len(views) == 2 + options.reliance_spans
+    for view in views:
+        whole = score(writer, batch, view, options)
+        shared = score(writer, batch, view, options, share_prefixes=True)
+        real = batch.mask if view.responses is None else view.responses.mask
+        assert real.any()
+        torch.testing.assert_close(shared[real], whole[real], atol=1e-5, rtol=0)
+    one, other = (SRPO(options, share_prefixes=share).weights(writer, batch) for share in (True, False))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_every_view_of_the_options_is_scored(writer):

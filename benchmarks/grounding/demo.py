@@ -84,7 +84,7 @@ def main(
             shutil.rmtree(out / part, ignore_errors=True)
     train = replace(TRAIN, steps=steps, learning_rate=learning_rate)
     study = Study(out, Digits(), WARM_START, train, device=device)
-    chosen = {name: replace(METHODS[name], fused=fused) for name in names}
+    chosen = {name: replace(METHODS[name], fused=fused, share_prefixes=True) for name in names}
     demonstrate(study, chosen, list(range(seeds)), workers=workers if device == "cpu" else 1, console=Console())
 
 

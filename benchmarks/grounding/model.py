@@ -110,6 +110,27 @@ class TinyVLM(nn.Module):
         return self.norm(x[:, -embeddings.shape[1] - 1 : -1])
 
     @torch.no_grad()
+    def continued(
+        self,
+        images: Float[Tensor, "prompts 3 height width"],
+        questions: Int[Tensor, "prompts words"],
+        responses: Int[Tensor, "batch time"],
+        of_prompt: Int[Tensor, " batch"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time vocab"]:
+        """The logits of :meth:`forward`, up to rounding, with each prompt read once for all responses to it."""
+        x = torch.cat([self.embed_images(images), self.embed_words(questions)], 1)
+        prefix, time = x.shape[1], responses.shape[1]
+        y = self.embed_words(responses[:, :-1], questions.shape[1])  # nothing is predicted after the last token
+        attend = torch.ones(time - 1, prefix + time - 1, dtype=torch.bool, device=x.device).tril(prefix)
+        if attention_mask is not None:
+            attend = F.pad(attention_mask[:, :-1], (prefix, 0), value=True)[:, None, None] & attend
+        for block in self.blocks:
+            x, (key, value) = block(x)
+            y, _ = block(y, past=(key[of_prompt], value[of_prompt]), attend=attend)
+        return self.head(self.norm(torch.cat([x[of_prompt, -1:], y], 1)))
+
+    @torch.no_grad()
     def generate(
         self,
         images: Float[Tensor, "prompts 3 height width"],

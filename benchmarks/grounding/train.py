@@ -138,10 +138,12 @@ class SRPO:
         options: Of the views, the weights and the loss. At ``strength`` 0 this is GRPO and scores no view. Tags and
             group options are not read, because :func:`roll_out` has made roles and advantages already.
         fused: Whether the loss is taken straight from the hidden states.
+        share_prefixes: Whether the views read each prompt once for all of its responses: the same up to rounding.
     """
 
     options: SRPOConfig = field(default_factory=SRPOConfig)
     fused: bool = False
+    share_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if self.options.scale == "ema_rms":
@@ -175,11 +177,11 @@ class SRPO:
             return srpo_advantages(
                 batch.old_log_probs, batch.advantages, roles, batch.mask, self.options, broken=broken
             )
-        planned = plan_views(batch, self.options)
+        planned, share = plan_views(batch, self.options), self.share_prefixes
         return credit(
             batch.rollout,
             planned,
-            {view.name: score(model, batch, view, self.options) for view in planned.views},
+            {view.name: score(model, batch, view, self.options, share_prefixes=share) for view in planned.views},
             self.options,
             old_log_probs=batch.old_log_probs,
             advantages=batch.advantages,
@@ -205,7 +207,9 @@ def plan_views(batch: Batch, options: SRPOConfig) -> Plan:
 
 
 @torch.no_grad()
-def score(model: TinyVLM, batch: Batch, view: View, options: SRPOConfig) -> Float[Tensor, "batch new_time"]:
+def score(
+    model: TinyVLM, batch: Batch, view: View, options: SRPOConfig, *, share_prefixes: bool = False
+) -> Float[Tensor, "batch new_time"]:
     """The log-prob, in nats, of each token of a view."""
     problems, token_ids, attention_mask = batch.problems, batch.token_ids, None
     if view.image == "corrupted":
@@ -214,6 +218,11 @@ def score(model: TinyVLM, batch: Batch, view: View, options: SRPOConfig) -> Floa
         token_ids = view.responses.token_ids
         if options.counterfactual == "mask":  # else causality alone hides the padding
             attention_mask = view.responses.attention_mask
+    if share_prefixes:
+        _, of_prompt, counts = batch.group_ids.unique_consecutive(return_inverse=True, return_counts=True)
+        prompts = problems.rows(counts.cumsum(0) - counts)  # the first response to each
+        logits = model.continued(prompts.images, prompts.questions, token_ids, of_prompt, attention_mask)
+        return token_log_probs(logits, token_ids)
     return log_probs_of(model, problems, token_ids, attention_mask)
 
 
