@@ -20,8 +20,9 @@ class RemoteExperienceMaker:
     def _flatten_results(self, refs, duplicate_factor): ...
 
 class Experience:
-    def __init__(self, sequences=None, attention_mask=None, action_mask=None, action_log_probs=None, advantages=None,
-                 rewards=None, index=None, prompts=None, mm_train_inputs=None, info=None): ...
+    def __init__(self, sequences=None, attention_mask=None, action_mask=None, action_log_probs=None,
+                 rollout_log_probs=None, advantages=None, rewards=None, index=None, prompts=None,
+                 mm_train_inputs=None, info=None): ...
 """
 ACTOR = """
 class PolicyLoss:
