@@ -1,7 +1,10 @@
 """The grounding benchmark: is its world true, are its metrics exact, is its trainer what it claims to be?"""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -437,9 +440,28 @@ def test_finished_runs_are_found_and_others_are_not(study, results, tmp_path):
     assert found(train=replace(TINY, learning_rate=1e-4)) == {"warm start"}
 
 
-def test_a_seed_determines_everything(study, results, tmp_path):
-    # In another process: a result must not depend on what ran before it.
+def run_until_killed(study):
+    """In a process of its own: ends it without any farewell while the second batch is scored under its views."""
+    whole_score, calls = training.score, []
+
+    def score(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:  # two views before training, one of the first batch and now its other one
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole_score(*args, **kwargs)
+
+    training.score = score
+    run_all(study, {"srpo": SRPO()}, [0], on_event=lambda event: None)
+
+
+def test_a_seed_determines_everything_even_after_a_kill(study, results, tmp_path):
     elsewhere = replace(study, out=tmp_path)
+    # In other processes: a result must not depend on what ran before it.
+    killed = multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(elsewhere,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.rglob("*.json")} == {"seed0.json"}  # its warm start was finished
     again = run_all(elsewhere, {"srpo": SRPO()}, [0], workers=2, on_event=lambda event: None)[0]
     first = json.loads((study.out / "runs" / "srpo-lr0.0002-seed0.json").read_text())["result"]
     untimed = {"cpu_seconds": 0, "step_seconds": 0}
