@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import at_least_float32, check_no_nan
+from srpo_core.masking import at_least_float32, check_finite
 from srpo_core.options import GroupOptions, Normalization
 from srpo_core.typechecking import typechecked
 
@@ -17,11 +17,11 @@ __all__ = ["group_advantages", "role_advantages"]
 _EPSILON = GroupOptions.range_of("epsilon")
 
 
-def _no_nan_among_rewards(arguments: Mapping[str, Any]) -> None:
-    check_no_nan("rewards", arguments["rewards"], torch.ones_like(arguments["rewards"], dtype=torch.bool))
+def _finite_rewards(arguments: Mapping[str, Any]) -> None:
+    check_finite("rewards", arguments["rewards"], torch.ones_like(arguments["rewards"], dtype=torch.bool))
 
 
-@typechecked(values=(_no_nan_among_rewards,))
+@typechecked(values=(_finite_rewards,))
 def group_advantages(
     rewards: Float[Tensor, " batch"],
     group_ids: Int[Tensor, " batch"],
@@ -42,11 +42,12 @@ def group_advantages(
         epsilon: Added to the standard deviation, in the unit of the reward, at least 0.
 
     Returns:
-        Detached advantages in float32, or float64 if the rewards are. The memory grows with the square of the batch.
+        Detached advantages in float32, or float64 if the rewards are. They are computed in float64, so that neither
+        the size of the rewards nor the order in which a device adds them up shows; the memory is linear in the batch.
 
     Raises:
         ValueError: If `normalization` is unknown or `epsilon` out of range; outside ``torch.compile`` also if a reward
-            is NaN.
+            is NaN or infinite.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([7, 3, 7]), normalization="none")
@@ -57,14 +58,17 @@ def group_advantages(
     """
     _EPSILON.check("epsilon", epsilon)
     normalize = choose("normalization", normalization, _NORMALIZATIONS)
-    rewards = rewards.detach().to(at_least_float32(rewards.dtype))
-    # Membership as a matrix instead of torch.unique, whose output size would have to reach the host.
-    mates = group_ids[:, None] == group_ids[None, :]
-    size = mates.sum(1)
-    centered = rewards - _group_mean(rewards, mates)
+    values = rewards.detach().to(_widest(rewards))
+    # The place of a group's first id among the sorted ids is its number. Not torch.unique, whose output size would have
+    # to reach the host.
+    group = torch.searchsorted(group_ids.sort().values, group_ids)
+    size = _sum_of(torch.ones_like(values), group)
+    # Shares are added up, and not rewards, whose sum may overflow.
+    centered = values - _sum_of(values / size, group)
     # Rounding leaves a trace of the mean in a group of equal rewards, and epsilon would let it through.
-    equal = (torch.where(mates, rewards[None, :], rewards[:, None]) == rewards[:, None]).all(1)
-    return torch.where(equal, 0.0, normalize(centered, mates, size, epsilon))
+    equal = _extreme_of(values, group, "amin") == _extreme_of(values, group, "amax")
+    advantages = torch.where(equal, 0.0, normalize(centered, group, size, epsilon))
+    return advantages.to(at_least_float32(rewards.dtype))
 
 
 @typechecked
@@ -87,25 +91,40 @@ def role_advantages(
         >>> role_advantages(torch.tensor([[1.5, 0.5]]), torch.tensor([-2.0]), torch.tensor([[True, True]]))
         tensor([[-3., -1.]])
     """
-    return torch.where(mask, weights.detach() * advantages.detach()[:, None], 0.0)
+    dtype = at_least_float32(torch.promote_types(weights.dtype, advantages.dtype))
+    return torch.where(mask, weights.detach().to(dtype) * advantages.detach().to(dtype)[:, None], 0.0)
 
 
-def _group_mean(values: Tensor, mates: Tensor) -> Tensor:
-    return torch.where(mates, values[None, :], 0.0).sum(1) / mates.sum(1)
+def _widest(rewards: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return at_least_float32(rewards.dtype) if rewards.device.type == "mps" else torch.float64
 
 
-def _by_std(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
-    variance = torch.where(mates, centered.square()[None, :], 0.0).sum(1) / (size - 1).clamp(min=1)
-    return centered / (variance.sqrt() + epsilon)
+def _sum_of(values: Tensor, group: Tensor) -> Tensor:
+    """The sum over each response's group, at each response."""
+    return torch.zeros_like(values).index_add(0, group, values)[group]
 
 
-def _by_nothing(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+def _extreme_of(values: Tensor, group: Tensor, reduce: str) -> Tensor:
+    """The smallest or largest value of each response's group, at each response."""
+    return torch.zeros_like(values).scatter_reduce(0, group, values, reduce, include_self=False)[group]
+
+
+def _by_std(centered: Tensor, group: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    # In parts of the largest one: the square of a reward may overflow, or underflow where epsilon is 0.
+    largest = _extreme_of(centered.abs(), group, "amax")
+    parts = centered / torch.where(largest > 0, largest, 1.0)
+    variance = _sum_of(parts.square(), group) / (size - 1).clamp(min=1)
+    return centered / (largest * variance.sqrt() + epsilon)
+
+
+def _by_nothing(centered: Tensor, group: Tensor, size: Tensor, epsilon: float) -> Tensor:
     return centered
 
 
-def _leave_one_out(centered: Tensor, mates: Tensor, size: Tensor, epsilon: float) -> Tensor:
+def _leave_one_out(centered: Tensor, group: Tensor, size: Tensor, epsilon: float) -> Tensor:
     # r_i - mean of the others = (r_i - mean of all) * n / (n - 1)
-    return centered * size / (size - 1).clamp(min=1)
+    return centered * (size / (size - 1).clamp(min=1))
 
 
 _NORMALIZATIONS = {"std": _by_std, "none": _by_nothing, "leave_one_out": _leave_one_out}

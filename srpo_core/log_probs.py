@@ -29,7 +29,8 @@ def token_log_probs(
 
     The computation is in float32 (float64 stays float64), and no result is above zero, whatever offset the logits
     share. Logits of :math:`-\infty` bar tokens. If such a token was sampled all the same, its log-probability is
-    :math:`-\infty`, and the losses of this package have gradient 0 at every logit of its row.
+    :math:`-\infty`, and the losses of this package have gradient 0 at every logit of its row. A row is NaN where a
+    logit is plus infinity, also by the division by :math:`T`, or where all tokens are barred.
 
     Args:
         logits: ``logits[b, t]`` predicts ``token_ids[b, t]``: the model's output, already shifted by one.

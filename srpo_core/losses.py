@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import log_ratio_of, masked_max, masked_mean, masked_min
+from srpo_core.masking import at_least_float32, log_ratio_of, masked_max, masked_mean, masked_min
 from srpo_core.options import KLEstimator, LossOptions, Reduction
 from srpo_core.surrogates import masked_log_ratio, ratio_of
 from srpo_core.typechecking import typechecked
@@ -111,6 +111,8 @@ def aggregate(
         raise ValueError("normalizer must be None with reduction='sum'; pass reduction='constant' to divide the sum")
     if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0.0:
         raise ValueError(f"normalizer must be above 0, got {normalizer}")
+    # Half precision neither adds up many tokens nor, in float16, holds their sum.
+    token_losses = token_losses.to(at_least_float32(token_losses.dtype))
     if reduction == "sequence_mean":
         total, count = masked_mean(token_losses, mask, dim=1).sum(), mask.any(1).sum()
     else:
@@ -144,7 +146,7 @@ def grpo_loss(
         advantages: The advantage of each token.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN. A NaN at a real token makes
             the loss NaN, and so does a log-prob of plus infinity; one of minus infinity is a barred token, whose
-            gradient is 0.
+            gradient is 0. A loss beyond the largest number of its dtype is infinite or NaN.
         options: The surrogate :math:`\ell`, the weight :math:`\beta` of the KL penalty, and how losses are added up.
         old_log_probs: The same tokens under the policy that sampled them, nats, by the same code path.
         ref_log_probs: The same tokens under the reference policy, nats; required where `kl_coef` is above 0.

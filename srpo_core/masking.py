@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "MAX_LOG_RATIO",
     "at_least_float32",
+    "check_finite",
     "check_log_probs",
     "check_no_nan",
     "is_barred",
@@ -59,8 +60,8 @@ def saturated(scores: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, where: Tensor, *, dim: int | None = None, empty: float = 0.0) -> Tensor:
-    """Mean of `values` where `where`; `empty` if there is no such element."""
-    total = torch.where(where, values, 0.0).sum(dim)
+    """Mean of `values` where `where`, in at least float32; `empty` if there is no such element."""
+    total = torch.where(where, values.to(at_least_float32(values.dtype)), 0.0).sum(dim)
     count = where.sum(dim)
     return torch.where(count > 0, total / count.clamp(min=1), empty)
 
@@ -85,6 +86,12 @@ def check_no_nan(argument: str, values: Tensor, where: Tensor) -> None:
         values.isnan() & where,
         "look for an all-masked attention row or an overflow in the pass that made it",
     )
+
+
+def check_finite(argument: str, values: Tensor, where: Tensor) -> None:
+    """Raise if a value that counts is NaN or infinite, naming the first. Reads the tensor on the host."""
+    check_no_nan(argument, values, where)
+    _refuse(argument, "infinite", values.isinf() & where, "pass a finite number, such as a clipped one")
 
 
 def check_log_probs(argument: str, values: Tensor, where: Tensor) -> None:

@@ -12,6 +12,7 @@ from srpo_core.contrasts import contrast
 from srpo_core.counterfactuals import CounterfactualResponses, counterfactual_responses
 from srpo_core.masking import (
     at_least_float32,
+    check_finite,
     check_log_probs,
     check_no_nan,
     is_barred,
@@ -334,13 +335,13 @@ def span_reliance(
     return _mean_one(taken.gather(0, torch.where(held, spans.long(), 0).T).T, perception, held)
 
 
-def _no_nan_in_perception(arguments: Mapping[str, Any]) -> None:
+def _sound_in_perception(arguments: Mapping[str, Any]) -> None:
     perception = role_masks(arguments["roles"], arguments["mask"]).perception
     check_no_nan("scores", arguments["scores"], perception)
-    check_no_nan("reliance", arguments["reliance"], perception)
+    check_finite("reliance", arguments["reliance"], perception)
 
 
-@typechecked(values=(check_roles, _no_nan_in_perception))
+@typechecked(values=(check_roles, _sound_in_perception))
 def apply_reliance(
     scores: Float[Tensor, "batch time"],
     roles: Int[Tensor, "batch time"],
@@ -369,8 +370,8 @@ def apply_reliance(
         Detached scores, for :func:`~srpo_core.shared_baseline_weights`. Scores of other tokens are as they were.
 
     Raises:
-        ValueError: If `mode` is unknown; outside ``torch.compile`` also if a role is outside the enum or a value at a
-            perception token is NaN, for which the tensors are read on the host.
+        ValueError: If `mode` is unknown; outside ``torch.compile`` also if a role is outside the enum, or at a
+            perception token a value is NaN or the reliance infinite, for which the tensors are read on the host.
 
     Example:
         >>> scores, reliance = torch.tensor([[3.0, 1.0, 7.0]]), torch.tensor([[0.5, 1.5, 0.0]])

@@ -10,7 +10,7 @@ from srpo_core.advantages import role_advantages
 from srpo_core.contrasts import clip_divergence, contrast
 from srpo_core.diagnostics import credit_metrics
 from srpo_core.losses import LossOutput, grpo_loss
-from srpo_core.masking import check_no_nan, log_probs_where_real
+from srpo_core.masking import check_finite, check_no_nan, log_probs_where_real
 from srpo_core.options import DIVERGENCES, CreditOptions, SRPOConfig
 from srpo_core.reliance import apply_reliance
 from srpo_core.roles import check_roles, role_masks
@@ -50,18 +50,19 @@ class Credit(NamedTuple):
 _LOG_PROBS = ("old_log_probs", "corrupted_log_probs", "counterfactual_log_probs")
 
 
-def _no_nan_where_read(arguments: Mapping[str, Any]) -> None:
+def _sound_where_read(arguments: Mapping[str, Any]) -> None:
     perception, reasoning = role_masks(arguments["roles"], arguments["mask"])
-    for name, where in (
-        ("visual_divergence", perception),
-        ("consistency_divergence", reasoning),
-        ("reliance", perception),
+    for name, where, check in (
+        ("advantages", arguments["mask"].any(1), check_finite),
+        ("visual_divergence", perception, check_no_nan),
+        ("consistency_divergence", reasoning, check_no_nan),
+        ("reliance", perception, check_finite),
     ):
         if arguments.get(name) is not None:
-            check_no_nan(name, arguments[name], where)
+            check(name, arguments[name], where)
 
 
-@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _no_nan_where_read))
+@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _sound_where_read))
 def srpo_advantages(
     old_log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],
@@ -107,8 +108,9 @@ def srpo_advantages(
         The advantages, the weights, the scores, the scale state and the metrics.
 
     Raises:
-        ValueError: If a divergence is missing; outside ``torch.compile`` also if a role is outside the enum or a value
-            that is read is NaN or a log-prob plus infinity, for which the tensors are read on the host.
+        ValueError: If a divergence is missing; outside ``torch.compile`` also if a role is outside the enum, a value
+            that is read is NaN, a log-prob is plus infinity, or an advantage or the reliance is infinite, for which the
+            tensors are read on the host.
 
     Example:
         >>> log_probs = torch.tensor([[-0.1, -1.0, -0.5]])
@@ -153,7 +155,7 @@ def srpo_advantages(
     )
 
 
-@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _no_nan_where_read), on_device=False)
+@typechecked(values=(check_roles, log_probs_where_real(*_LOG_PROBS), _sound_where_read), on_device=False)
 def srpo_loss(
     log_probs: Float[Tensor, "batch time"],
     advantages: Float[Tensor, " batch"],

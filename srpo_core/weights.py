@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import at_least_float32, check_no_nan, masked_mean
+from srpo_core.masking import at_least_float32, check_no_nan, masked_mean, saturated
 from srpo_core.options import MAX_EXPONENT, CreditOptions
 from srpo_core.roles import RoleMasks, check_roles, role_masks
 from srpo_core.typechecking import typechecked
@@ -83,7 +83,7 @@ def shared_baseline_weights(
 
     Args:
         scores: Score of each token under its role, nats: ``visual_dependency(...) + perception_consistency(...)``,
-            each of which is 0 where the other one is not.
+            each of which is 0 where the other one is not. An infinite one counts as 20 nats.
         roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         options: See above. At `strength` 0 every weight is exactly 1: GRPO.
@@ -109,7 +109,7 @@ def shared_baseline_weights(
     masks = role_masks(roles, mask)
     perception, reasoning = masks
     visual_scale, consistency_scale = (options.visual_scale, options.consistency_scale) if scales is None else scales
-    scores = scores.detach().to(at_least_float32(scores.dtype))
+    scores = saturated(scores.detach().to(at_least_float32(scores.dtype)))
     scores = torch.where(perception, scores / visual_scale, torch.where(reasoning, scores / consistency_scale, 0.0))
 
     centered = scores - _chosen("baseline", options.baseline, _BASELINES)(scores, masks)
@@ -160,7 +160,8 @@ def role_scales(
     on how the batch was cut. Each process measures its own batch; average `state` over ranks where they must agree.
 
     Args:
-        scores: Score of each token under its role, nats.
+        scores: Score of each token under its role, nats. An infinite one counts as 20 nats, and one beyond 1e15 as
+            1e15, because the mean of larger squares would overflow.
         roles: The role of each token, :class:`~srpo_core.Role`.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         state: What the last call returned, or None at the start.
@@ -186,7 +187,8 @@ def role_scales(
 
     def update(where: Tensor, square: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen = where.any()
-        batch_square = masked_mean(scores.detach().to(square.dtype).square(), where)
+        bounded = saturated(scores.detach().to(square.dtype)).clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
+        batch_square = masked_mean(bounded.square(), where)
         square = torch.where(seen, decay * square + (1.0 - decay) * batch_square, square)
         total = torch.where(seen, decay * total + (1.0 - decay), total)
         scale = torch.where(total > 0, (square / total.clamp(min=1.0 - decay)).sqrt().clamp(min=floor), 1.0)
@@ -199,6 +201,7 @@ def role_scales(
 
 
 _DECAY = CreditOptions.range_of("scale_decay")
+_LARGEST_SCORE = 1e15
 
 
 # Baselines: scores [batch, time] and the masks of the roles -> what to subtract, [batch, 1] or [batch, time].
