@@ -47,7 +47,7 @@ def group_advantages(
 
     Raises:
         ValueError: If `normalization` is unknown or `epsilon` out of range; outside ``torch.compile`` also if a reward
-            is NaN or infinite.
+            is NaN or infinite, for which the rewards are read on the host.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([7, 3, 7]), normalization="none")

@@ -70,7 +70,7 @@ def credit_metrics(
         >>> credit_metrics(ones, roles, ones.bool(), scores=ones)["weight/perception/mass"]
         tensor(0.5000)
     """
-    weights = weights.detach()
+    weights = weights.detach().to(at_least_float32(weights.dtype))
     metrics: dict[str, Tensor] = {}
     total = torch.where(mask, weights, 0.0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
     masks = role_masks(roles, mask)
