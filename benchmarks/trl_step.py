@@ -106,7 +106,9 @@ class Rollouts:
         return [opened, *words(seen), closed, think, *words(rest), *end]
 
 
-def make_trainer(way: str, *, prompt: int, response: int, perception: int, group: int) -> tuple[Any, Rollouts]:
+def make_trainer(
+    way: str, *, prompt: int, response: int, perception: int, group: int, device: str = "cpu"
+) -> tuple[Any, Rollouts]:
     from datasets import Dataset
     from PIL import Image
     from srpo_trl import SRPOConfig, SRPOTrainer
@@ -126,7 +128,7 @@ def make_trainer(way: str, *, prompt: int, response: int, perception: int, group
         "learning_rate": 1e-6,
         "max_steps": 10**6,
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": device == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -134,7 +136,7 @@ def make_trainer(way: str, *, prompt: int, response: int, perception: int, group
         "seed": 0,
     }
     trainer = (GRPOTrainer if is_grpo else SRPOTrainer)(
-        model=make_model("cpu"),
+        model=make_model(device),
         reward_funcs=lambda completions, **_: [float(index % 2) for index in range(len(completions))],
         args=(GRPOConfig if is_grpo else SRPOConfig)(**options),
         train_dataset=Dataset.from_list(problems),
@@ -179,11 +181,12 @@ def run(
     perception: int = 100,
     group: int = 8,
     rounds: int = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Where the numbers go.")] = RESULTS / "trl_step.json",
 ) -> None:
     """Measure, and write the numbers and the page."""
     sizes = {"prompt": prompt, "response": response, "perception": perception, "group": group}
-    steppers = {way: stepper(*make_trainer(way, **sizes)) for way in WAYS}
+    steppers = {way: stepper(*make_trainer(way, device=device, **sizes)) for way in WAYS}
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(rounds + 1):
         for way, step in steppers.items():
@@ -195,6 +198,7 @@ def run(
 
     about = {name: version(name) for name in ("torch", "transformers", "trl", "srpo-core")}
     about |= {"threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
+    about |= {} if device == "cpu" else {"device": torch.cuda.get_device_name()}
     output.write_text(json.dumps({"sizes": sizes, "about": about, "rounds": measured}, indent=1) + "\n")
     page(output)
 
