@@ -38,6 +38,9 @@ def report(
     seed: Annotated[int, typer.Option(help="Seed for drawing the responses to show.")] = 0,
     max_megabytes: Annotated[float, typer.Option(min=0.2, help="Size of the page, at most.")] = 5.0,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Credit report",
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where images may lie beside the folders of the files; others are not shown.")
+    ] = None,
     right: Right = None,
     strict: Strict = False,
     workers: Workers = DEFAULT_WORKERS,
@@ -49,7 +52,13 @@ def report(
     summary = summarize(files, scoring(right, tags), strict=strict, workers=workers)
     try:
         written = report_files(
-            summary, output, sample=sample, seed=seed, max_bytes=int(max_megabytes * 1e6), title=title
+            summary,
+            output,
+            sample=sample,
+            seed=seed,
+            max_bytes=int(max_megabytes * 1e6),
+            title=title,
+            image_folder=image_folder,
         )
     except OSError as error:
         stop(f"{output} cannot be written: {error.strerror or error}")

@@ -31,7 +31,7 @@ from srpo_core.diagnostics import ROLE_NAMES
 from srpo_core.options import ContextOptions, CreditOptions
 from srpo_core.report.words import origin_of_weights, right_in_words
 from srpo_core.rollouts import Rollout, RolloutError, ScoringOptions, Summary, parse_rollout, score_rollouts
-from srpo_core.rollouts.lines import is_blank, load_json, load_strictly
+from srpo_core.rollouts.lines import is_blank, lines_of, load_json, load_strictly
 from srpo_core.rollouts.record import DIVERGENCES
 from srpo_core.rollouts.retag import Retag, tags_as_json
 from srpo_core.rollouts.scoring import SERVED, UNREAD
@@ -110,8 +110,9 @@ def _write_weights(files: list[Path], output: Path, options: ScoringOptions) -> 
         total, done = sum(file.stat().st_size for file in files), 0
         for file in files:
             with file.open("rb") as source:
-                while lines := list(islice(source, 256)):
-                    done += sum(map(len, lines))
+                found = lines_of(source)
+                while taken := list(islice(found, 256)):
+                    lines, done = [line for line, _ in taken], done + sum(length for _, length in taken)
                     good = [(line, rollout) for line in lines if (rollout := _rollout_or_none(line)) is not None]
                     scored = score_rollouts([rollout for _, rollout in good], options)
                     for (line, _), row in zip(good, scored, strict=True):

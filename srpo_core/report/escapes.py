@@ -5,9 +5,10 @@ import re
 __all__ = ["escaped"]
 
 # Controls, marks that reorder text, separators of lines, spaces without width, invisible operators, and tags. The page
-# has the same in base.js.
+# has the same in base.js. Halves of characters, which UTF-8 does not have, never reach the page.
 _HIDDEN = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
 )
 
 

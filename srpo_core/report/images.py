@@ -17,7 +17,14 @@ _NAMED = 3  # of the images that a sentence is about
 _NOT_FOUND = "not found"
 _ADDRESS = "on the network, from which the page loads nothing"
 _UNREADABLE = "not readable as PNG, JPEG, GIF or WebP"
-_REMEDIES = {_NOT_FOUND: "relative paths start at the folder of the rollout file"}
+_OUTSIDE = "outside of the folder of the rollout file"
+_REMEDIES = {
+    _NOT_FOUND: "relative paths start at the folder of the rollout file",
+    # A file of somebody else could otherwise put any picture of the reader's disk into a page that is passed on.
+    _OUTSIDE: "pass --image-folder with a folder from which images may be shown",
+}
+_MAX_BYTES = 2**26  # of a file
+_MAX_PIXELS = 2**25  # a small file may hold many
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Images:
     Attributes:
         folders: Where the relative paths of each file start.
         budget: Number of characters that all images may take.
+        allowed: Further folders that images may lie in.
         shown: The data URIs.
         used: Number of characters that they take.
         left_out: The images that did not fit.
@@ -35,6 +43,7 @@ class Images:
 
     folders: Sequence[Path]
     budget: int
+    allowed: Sequence[Path] = ()
     shown: dict[str, str] = field(default_factory=dict)
     used: int = 0
     left_out: set[str] = field(default_factory=set)
@@ -49,8 +58,8 @@ class Images:
             return key
         if key in self.missing:
             return None
-        found = _data_uri(self.folders[file], image)
-        if found in (_NOT_FOUND, _ADDRESS, _UNREADABLE):
+        found = _data_uri(self.folders[file], image, self.allowed)
+        if found in (_NOT_FOUND, _ADDRESS, _UNREADABLE, _OUTSIDE):
             self.missing[key] = found
             return None
         if self.used + len(found) > self.budget:
@@ -82,13 +91,20 @@ class Images:
         return "; ".join(parts) + "." if parts else ""
 
 
-def _data_uri(folder: Path, image: str) -> str:
+def _data_uri(folder: Path, image: str, allowed: Sequence[Path]) -> str:
     """A small copy of an image, or the file itself without Pillow; else one of the reasons why it cannot be shown."""
     if re.match(r"(?i)(https?|ftp|s3|gs)://", image):
         return _ADDRESS
     try:
-        content = (folder / image).read_bytes()
-    except (OSError, ValueError):
+        path = (folder / image).resolve()
+        if not any(path.is_relative_to(each.resolve()) for each in (folder, *allowed)):
+            return _OUTSIDE
+        if not path.is_file():  # nor a pipe, which would be waited for
+            return _NOT_FOUND
+        if path.stat().st_size > _MAX_BYTES:
+            return _UNREADABLE
+        content = path.read_bytes()
+    except (OSError, ValueError, RuntimeError):
         return _NOT_FOUND
     kind = next((kind for signature, kind in _SIGNATURES.items() if content.startswith(signature)), None)
     if kind is None:
@@ -100,6 +116,8 @@ def _data_uri(folder: Path, image: str) -> str:
     else:
         try:
             with Image.open(io.BytesIO(content)) as opened:
+                if opened.size[0] * opened.size[1] > _MAX_PIXELS:
+                    return _UNREADABLE
                 opened.load()
                 if max(opened.size) > _SIDE or len(content) > _BYTES:
                     opened.thumbnail((_SIDE, _SIDE))

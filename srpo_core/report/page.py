@@ -63,6 +63,7 @@ def report_files(
     seed: int = 0,
     max_bytes: int = _MAX_BYTES,
     title: str = "Credit report",
+    image_folder: str | os.PathLike[str] | None = None,
 ) -> Written:
     """Write the page of summarized files: statistics over all responses, heat maps of a sample.
 
@@ -73,6 +74,8 @@ def report_files(
         seed: Seed for drawing them.
         max_bytes: Size of the page, at most. If it would be exceeded, fewer responses and images are shown.
         title: Title of the page.
+        image_folder: Where images may lie beside the folders of the files, with all that is below it. Images in other
+            places are not shown, because whoever wrote a file may name any path.
 
     Returns:
         What the page holds.
@@ -80,7 +83,8 @@ def report_files(
     rows = summary.sample(sample, seed=seed).tolist()
     shown = zip(rows, load(summary, rows), strict=True)
     folders = [Path(file).parent for file in summary.files]
-    return _write(path, summary, shown, folders, seed=seed, max_bytes=max_bytes, title=title)
+    allowed = [] if image_folder is None else [Path(image_folder)]
+    return _write(path, summary, shown, folders, allowed, seed=seed, max_bytes=max_bytes, title=title)
 
 
 def report_rollouts(
@@ -100,7 +104,7 @@ def report_rollouts(
         rollouts: The rollouts.
         path: The file to write; missing folders are made.
         options: How log-probs become weights; None for the defaults.
-        image_folder: Where relative image paths start.
+        image_folder: Where relative image paths start; images outside of it are not shown.
         sample: Number of responses to show, at most.
         seed: Seed for drawing them.
         max_bytes: Size of the page, at most.
@@ -122,7 +126,7 @@ def report_rollouts(
     summary = summarize_rollouts(scored, options)
     rows = summary.sample(sample, seed=seed).tolist()
     shown = ((row, scored[row]) for row in rows)
-    return _write(path, summary, shown, [Path(image_folder)], seed=seed, max_bytes=max_bytes, title=title)
+    return _write(path, summary, shown, [Path(image_folder)], [], seed=seed, max_bytes=max_bytes, title=title)
 
 
 def _write(
@@ -130,6 +134,7 @@ def _write(
     summary: Summary,
     shown: Iterable[tuple[int, ScoredRollout]],
     folders: Sequence[Path],
+    allowed: Sequence[Path],
     *,
     seed: int,
     max_bytes: int,
@@ -143,7 +148,7 @@ def _write(
     style = template["css"] + "".join(_shades(theme) for theme in SCALES)
     fixed = sum(map(len, (*template.values(), style))) + len(_json(about_all)) + 2000
 
-    images = Images(folders, budget=int((max_bytes - fixed) * _IMAGE_SHARE))
+    images = Images(folders, budget=int((max_bytes - fixed) * _IMAGE_SHARE), allowed=allowed)
     budget = max_bytes - fixed
     rows, left_out = [], 0
     for index, scored in shown:

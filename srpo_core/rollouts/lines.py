@@ -5,14 +5,17 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 __all__ = ["TOOLS", "NotJSON", "is_blank", "is_columnar", "load_json", "load_lenient", "load_strictly"]
-__all__ += ["load_with_stdlib", "not_a_rollout_file", "other_tool"]
+__all__ += ["MAX_LINE_BYTES", "lines_of", "load_with_stdlib", "not_a_rollout_file", "other_tool"]
 
 _MARK = b"\xef\xbb\xbf"  # of UTF-8: editors and spreadsheets of Windows begin files with it
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _FIRST_BYTES = 2**20  # of a file, which tell what it is
+
+#: A longer line is malformed: a response of a million tokens has about 50 MB, and parsing takes several times as much.
+MAX_LINE_BYTES = 2**26
 
 #: Other tools' names, as they are passed and as they are written.
 TOOLS = {"trl": "TRL", "verl": "verl", "swift": "ms-swift", "openrlhf": "OpenRLHF"}
@@ -26,6 +29,22 @@ _COLUMNS = (
     ("swift", {"messages", "completion"}),
     ("trl", {"prompt", "completion"}),
 )
+
+
+def lines_of(file: BinaryIO, end: int | None = None) -> Iterator[tuple[bytes, int]]:
+    """The lines from where a file is, and how many bytes each takes in the file, up to a place in it or to its end.
+
+    Of a line of more than :data:`MAX_LINE_BYTES` only the first bytes come, one more than allowed, so that whoever
+    parses it refuses it, and a file that is one endless line takes no memory.
+    """
+    while end is None or file.tell() < end:
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        length, rest = len(line), line
+        while not rest.endswith(b"\n") and (rest := file.readline(_FIRST_BYTES)):
+            length += len(rest)
+        yield line, length
 
 
 class NotJSON(ValueError):
@@ -89,6 +108,8 @@ def load_strictly(line: bytes | str, load: Callable[[bytes | str], Any]) -> Any:
         NotJSON: If the text is not JSON. A NaN or an Infinity is named with its field.
     """
     mark: Any = _MARK if isinstance(line, bytes) else "\ufeff"
+    if len(line) > MAX_LINE_BYTES:
+        raise NotJSON(f"the line is longer than {MAX_LINE_BYTES:,} bytes; is it several responses without line breaks?")
     try:
         return load(line.removeprefix(mark).strip())
     except (ValueError, RecursionError):

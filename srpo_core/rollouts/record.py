@@ -1,7 +1,6 @@
 """One recorded response, and how a line of a rollout file is read and checked."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo_core.roles import Role
-from srpo_core.rollouts.lines import NotJSON, is_blank, load_json, load_strictly, load_with_stdlib, not_a_rollout_file
+from srpo_core.rollouts.lines import (
+    NotJSON,
+    is_blank,
+    lines_of,
+    load_json,
+    load_strictly,
+    load_with_stdlib,
+    not_a_rollout_file,
+)
 from srpo_core.tags import DEFAULT_TAGS, BrokenReason, Kind, Parsed, RoleTags, parse_response
 
 __all__ = ["SCHEMA_PATH", "Rollout", "RolloutError", "check_file", "load_json", "load_with_stdlib", "parse_rollout"]
@@ -31,6 +38,7 @@ KINDS = ("perception", "reasoning", "answer")  # of blocks
 _BROKEN = {reason.name.lower(): reason for reason in BrokenReason}
 MAX_LOG_PROB = 1e-3  # rounding may turn log 1 into this much
 _LARGEST = float(np.finfo(np.float32).max)
+_MAX_DEPTH = 100  # of what is free: readers and writers of JSON give up at some depth, each at its own
 
 
 class RolloutError(ValueError):
@@ -171,7 +179,7 @@ def read_rollouts(
     """
     check_file(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, (line, _) in enumerate(lines_of(file), start=1):
             if is_blank(line):
                 continue
             try:
@@ -344,7 +352,7 @@ def _broken(name: str, value: Any) -> BrokenReason:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         _wrong(name, "a finite number", value)
     return float(value)
 
@@ -358,7 +366,9 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def _step(name: str, value: Any) -> int:
-    return int(value) if is_whole(value) and value >= 0 else _wrong(name, "a whole number, at least 0", value)
+    if is_whole(value) and 0 <= value < 2**63:
+        return int(value)
+    return _wrong(name, "a whole number, at least 0 and below 2^63", value)
 
 
 def _group(name: str, value: Any) -> int | str:
@@ -369,6 +379,20 @@ def _group(name: str, value: Any) -> int | str:
 
 def _object(name: str, value: Any) -> dict[str, Any]:
     return value if type(value) is dict else _wrong(name, "an object", value)
+
+
+def _extra(name: str, value: Any) -> dict[str, Any]:
+    inner: list[Any] = [_object(name, value)]
+    for _ in range(_MAX_DEPTH):
+        inner = [
+            item
+            for each in inner
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, dict | list)
+        ]
+        if not inner:
+            return value
+    raise RolloutError(f"{name} is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _tags(name: str, value: Any) -> RoleTags:
@@ -411,5 +435,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("id", "prompt", "reference", "image", "correct_by"), _string),
     "tags": _tags,
     "open_at_start": _kind_of_block,
-    "extra": _object,
+    "extra": _extra,
 }

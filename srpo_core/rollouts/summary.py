@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, BinaryIO, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from srpo_core.diagnostics import ROLE_NAMES, Answer
 from srpo_core.options import GroupOptions
 from srpo_core.rollouts import counts
 from srpo_core.rollouts.counts import SCORE_GRID, UNKNOWN, WEIGHT_GRID, quantiles
-from srpo_core.rollouts.lines import is_blank
+from srpo_core.rollouts.lines import is_blank, lines_of
 from srpo_core.rollouts.record import Rollout, RolloutError, check_file, parse_rollout
 from srpo_core.rollouts.scoring import ScoredRollout, ScoringOptions, score_rollouts
 from srpo_core.tags import BrokenReason
@@ -365,7 +365,7 @@ def _pieces(path: str) -> Iterator[tuple[int, int]]:
         while end < size:
             start = end
             file.seek(min(start + _CHUNK_BYTES, size) - 1)
-            file.readline()
+            next(lines_of(file))  # to the end of the line, however long it is
             end = file.tell()
             yield start, end
 
@@ -386,20 +386,16 @@ def _run(tasks: Sequence[tuple[Any, ...]], size: int, workers: int) -> Iterator[
 
 def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> Summary:
     path, number, start, end, options, strict = task
-    with open(path, "rb") as file:
-        file.seek(start)
-        lines = file.read(end - start).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    lines = 0
     places: list[Place] = []
     errors: list[RolloutError] = []
     malformed = 0
 
-    def rollouts() -> Iterator[Rollout]:
-        nonlocal malformed
+    def rollouts(file: BinaryIO) -> Iterator[Rollout]:
+        nonlocal malformed, lines
         offset = start
-        for count, line in enumerate(lines, start=1):
-            place, offset = Place(number, offset, count), offset + len(line) + 1
+        for lines, (line, length) in enumerate(lines_of(file, end), start=1):
+            place, offset = Place(number, offset, lines), offset + length
             if is_blank(line):
                 continue
             try:
@@ -407,15 +403,17 @@ def _summarize_piece(task: tuple[str, int, int, int, ScoringOptions, bool]) -> S
             except RolloutError as error:
                 malformed += 1
                 if len(errors) < _KEPT_ERRORS:
-                    errors.append(RolloutError(error.reason, line=count, path=path))
+                    errors.append(RolloutError(error.reason, line=lines, path=path))
                 if strict:
                     return
             else:
                 places.append(place)
                 yield rollout
 
-    summary = _part(score_rollouts(rollouts(), options), options)
-    summary.places, summary.errors, summary.malformed, summary.lines = places, errors, malformed, len(lines)
+    with open(path, "rb") as file:
+        file.seek(start)
+        summary = _part(score_rollouts(rollouts(file), options), options)
+    summary.places, summary.errors, summary.malformed, summary.lines = places, errors, malformed, lines
     return summary
 
 
