@@ -6,7 +6,9 @@
 Protocol: the model of benchmarks/shared_prefix.py, a Qwen2.5-VL architecture with random weights, and one group of
 responses to one prompt, three quarters of which are image tokens. The model generates as many tokens as a response
 has. A random model writes no perception, so that responses with the structure then take the place of what it wrote. The
-trainers run by turns, one step each, and their first steps are left out. Seconds are wall time.
+trainers run by turns, one step each, and their first steps are left out. On a CPU: one thread, process time, so that
+what else the machine does weighs less. *Over GRPO* is the step over GRPO's of the same round; *over the rest* is the
+step over the same step without SRPO's part, which no noise between two steps can move.
 """
 
 import json
@@ -38,6 +40,14 @@ WAYS = ("GRPO", "SRPO, prefixes shared", "SRPO, plain passes")
 PARTS = ("generation", "SRPO", "loss and update", "rest")
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=120)
+
+
+def now() -> float:
+    """Seconds of this process on a CPU; where a GPU is in use, of the clock, once its work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return clock.perf_counter()
+    return clock.process_time()
 
 
 def make_processor(prompt_tokens: int) -> Any:
@@ -75,7 +85,7 @@ class Rollouts:
         self._draw = random.Random(0)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        started = clock.perf_counter()
+        started = now()
         processor, model = trainer.processing_class, trainer.model
         images = [
             part["image"] for chat in prompts for message in chat for part in message["content"] if "image" in part
@@ -91,7 +101,7 @@ class Rollouts:
             row[real.bool()].tolist() for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         completions = [self._write() for _ in prompts]
-        self.seconds = clock.perf_counter() - started
+        self.seconds = now() - started
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     def _write(self) -> list[int]:
@@ -154,20 +164,33 @@ def stepper(trainer: Any, rollouts: Rollouts) -> Callable[[], dict[str, float]]:
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # as Trainer.train sets it
     batches = iter(trainer.get_train_dataloader())
+    scoring: list[float] = []
+    if hasattr(trainer, "_srpo_rollouts"):  # all that SRPO adds to a step is from here to its log
+        began, told = trainer._srpo_rollouts, trainer._srpo_write
+
+        def begin(*args: Any) -> Any:
+            scoring.append(-now())
+            return began(*args)
+
+        def end(*args: Any) -> None:
+            told(*args)
+            scoring[-1] += now()
+
+        trainer._srpo_rollouts, trainer._srpo_write = begin, end
 
     def step() -> dict[str, float]:
         rows = next(batches)
-        started = clock.perf_counter()
+        started = now()
         made = trainer._generate_and_score_completions(rows)
-        prepared = clock.perf_counter()
+        prepared = now()
         loss = trainer.compute_loss(trainer.model, made)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         trainer._step += 1
-        ended = clock.perf_counter()
-        ours = trainer._metrics["train"].get("srpo/seconds", [0.0])[-1]
+        ended = now()
+        ours = scoring[-1] if scoring else 0.0
         parts = {"generation": rollouts.seconds, "SRPO": ours, "loss and update": ended - prepared}
         return parts | {"rest": ended - started - sum(parts.values()), "step": ended - started}
 
@@ -186,6 +209,7 @@ def run(
 ) -> None:
     """Measure, and write the numbers and the page."""
     sizes = {"prompt": prompt, "response": response, "perception": perception, "group": group}
+    torch.set_num_threads(1)
     steppers = {way: stepper(*make_trainer(way, device=device, **sizes)) for way in WAYS}
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(rounds + 1):
@@ -208,14 +232,15 @@ def page(source: Annotated[Path, typer.Argument()] = RESULTS / "trl_step.json") 
     """Print the table and write it beside the numbers."""
     found = json.loads(source.read_text())
     base = statistics.median(each["step"] for each in found["rounds"]["GRPO"])
-    head = ["trainer", *PARTS, "step, s", "over GRPO"]
+    head = ["trainer", *PARTS, "step, s", "over GRPO", "over the rest"]
     rows = []
     for way, rounds in found["rounds"].items():
         middle = {name: statistics.median(each[name] for each in rounds) for name in (*PARTS, "step")}
         shares = [f"{middle[name]:.1f} s ({middle[name] / middle['step']:.0%})" for name in PARTS]
         # Of the same round: what else the machine does then weighs on both.
         ratios = [own["step"] / its["step"] for own, its in zip(rounds, found["rounds"]["GRPO"], strict=True)]
-        rows.append([way, *shares, f"{middle['step']:.1f}", f"{statistics.median(ratios):.2f}"])
+        alone = statistics.median(own["step"] / (own["step"] - own["SRPO"]) for own in rounds)
+        rows.append([way, *shares, f"{middle['step']:.1f}", f"{statistics.median(ratios):.2f}", f"{alone:.2f}"])
     table = Table(title="an optimizer step")
     for name in head:
         table.add_column(name, justify="left" if name == "trainer" else "right")

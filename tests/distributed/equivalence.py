@@ -6,8 +6,8 @@
 The whole batch is computed by one call, in float64. Then real processes of gloo share it in float32: each has some of
 the responses, ragged and unevenly many, and of four processes the last has none; each accumulates over 1 to 4
 micro-batches, some of which are empty; its model is wrapped in DDP or FSDP2, which average gradients, or its output
-layer holds a part of the vocabulary. The normalizer is that of docs/how-to/several_gpus.md. A difference is relative to the
-largest number of its tensor, and 1e-6 is allowed, about 8 units in the last place of float32.
+layer holds a part of the vocabulary. The normalizer is that of docs/how-to/several_gpus.md. A difference is relative to
+the largest number of its tensor, and 1e-6 is allowed, about 8 units in the last place of float32.
 """
 
 import argparse
