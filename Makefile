@@ -19,7 +19,7 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 
-# The tests on the oldest torch that pyproject.toml allows; not part of `make test`, since it downloads 5 GB.
+# The tests on the oldest versions that pyproject.toml allows; not part of `make test`, since it downloads 5 GB.
 floor:
 	bash tests/floor.sh
 
@@ -30,4 +30,4 @@ floor:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor-* runs docs/_build dist build .coverage* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor-* .venv-newest .venv-fuzz .venv-supply runs docs/_build dist build .coverage* .pytest_cache .ruff_cache .hypothesis

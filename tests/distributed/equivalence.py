@@ -266,13 +266,13 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def work(rank: int, world: int, port: int, out: Path, quick: bool) -> None:
+def work(rank: int, world: int, port: int, out: Path, chosen: list[Case]) -> None:
     """One process: every case against the whole batch in this process alone."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     batch, rows = make_batch(), []
-    for case in cases(quick):
+    for case in chosen:
         alone = Case("alone", case.surrogate, case.reduction, 1, False)
         expected = alone_of(alone, batch)
         worst, where = difference(step(case, batch, rank, world), expected)
@@ -298,8 +298,8 @@ def alone_of(case: Case, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().float() for name, value in {"loss": loss, **metrics, **gradients}.items()}  # type: ignore[union-attr]
 
 
-def run(world: int, quick: bool) -> list[list[Any]]:
-    """All cases on so many processes; the differences that each of them found."""
+def run(world: int, chosen: list[Case]) -> list[list[Any]]:
+    """Cases on so many processes; the differences that each of them found."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -308,7 +308,7 @@ def run(world: int, quick: bool) -> list[list[Any]]:
         # Forked, which costs no import; nothing has computed in this process, so no thread of torch can be lost.
         context = get_context("fork")
         processes = [
-            context.Process(target=work, args=(rank, world, port, out, quick)) for rank, out in enumerate(outs)
+            context.Process(target=work, args=(rank, world, port, out, chosen)) for rank, out in enumerate(outs)
         ]
         for process in processes:
             process.start()
@@ -321,11 +321,13 @@ def run(world: int, quick: bool) -> list[list[Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="six cases")
+    parser.add_argument("--way", choices=WAYS, help="one of the ways only")
     arguments = parser.parse_args()
     failed, compared, worst = [], 0, 0.0
+    chosen = [case for case in cases(arguments.quick) if arguments.way in (None, case.way)]
     for world in (1, 2, 4):
-        rows = run(world, arguments.quick)
+        rows = run(world, chosen)
         compared += len(rows)
         worst = max([worst, *(row[-2] for row in rows)])
         failed += [(world, *row) for row in rows if not row[-2] <= TOLERANCE]
