@@ -187,10 +187,11 @@ def fused_linear_grpo_loss(
     loss afterwards (``loss / accumulation_steps``) costs one more pass over the gradients, so prefer `normalizer`.
 
     ======================  ========================================================================================
-    one pass, 6NHV          ``clip``, ``cispo``, ``sapo``, with any KL penalty and reduction; ``gspo`` and
-                            ``gspo_token`` where a response fits into one gradient product, `chunk_tokens` in full and
-                            four times as many in half precision; then padding is computed as well
-    two passes, 8NHV        ``gspo`` and ``gspo_token`` otherwise: :func:`fused_linear_log_probs`, then the loss
+    one pass, 6NHV          ``clip``, ``cispo``, ``sapo``, with any KL penalty and reduction; ``gspo``, ``gspo_token``,
+                            ``vespo`` and `off_policy_threshold` where a response fits into one gradient product,
+                            `chunk_tokens` in full and four times as many in half precision; then padding is computed
+                            as well
+    two passes, 8NHV        the last four otherwise: :func:`fused_linear_log_probs`, then the loss
     frozen weight, 4NHV     every surrogate
     without gradient, 2NHV  every surrogate
     ======================  ========================================================================================
@@ -204,7 +205,8 @@ def fused_linear_grpo_loss(
         token_ids: The sampled tokens, each in [0, vocab) where `mask` is True.
         advantages: The advantage of each token.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN. A packed ``[1, tokens]`` batch
-            is one response to ``sequence_mean`` and to GSPO, so both need a padded one.
+            is one response to ``sequence_mean``, ``sequence_sum`` and whatever is of the sequence level, so these need
+            a padded one.
         options: The surrogate, the KL penalty, and how the losses of tokens are added up.
         old_log_probs: The same tokens under the policy that sampled them, nats; best from
             :func:`fused_linear_log_probs`.
@@ -212,8 +214,8 @@ def fused_linear_grpo_loss(
         normalizer: What the summed loss is divided by, see :func:`~srpo_core.aggregate`.
         active: Whether every ``real`` token is computed, or only the ``credited`` ones, whose advantage is not 0. The
             loss and the gradient are the same, and the cost falls with the number of tokens; the metrics count the
-            other tokens as unchanged (ratio 1). ``credited`` needs `kl_coef` 0 and a surrogate that treats each token
-            by itself.
+            other tokens as unchanged (ratio 1). ``credited`` needs `kl_coef` 0, no `off_policy_threshold` and a
+            surrogate that treats each token by itself.
         active_tokens: As in :func:`fused_linear_log_probs`, counting the tokens that `active` selects.
         chunk_tokens: How many tokens have their logits in memory at a time, at least 1. None: 256 on a CPU, 1024
             elsewhere.
@@ -243,7 +245,6 @@ def fused_linear_grpo_loss(
                 [ 0.0596,  0.7500]])
     """
     hidden, weight, bias, head = head_of(hidden, output, chunk_tokens, columns=vocab_columns)
-    surrogate = options.surrogate
 
     def loss_of(log_probs: Tensor) -> LossOutput:
         return grpo_loss(
@@ -258,16 +259,17 @@ def fused_linear_grpo_loss(
 
     computed = mask
     if choose("active", active, {"real": False, "credited": True}):
-        if options.kl_coef > 0.0 or surrogate.is_sequence_level:
+        if options.kl_coef > 0.0 or options.is_sequence_level:
             raise ValueError(
-                f"active='credited' with kl_coef={options.kl_coef} and surrogate={surrogate.name!r}: a token whose "
-                "advantage is 0 has a gradient there; pass active='real'"
+                f"active='credited' with kl_coef={options.kl_coef}, surrogate={options.surrogate.name!r} and "
+                f"off_policy_threshold={options.off_policy_threshold}: a token whose advantage is 0 counts there; pass "
+                "active='real'"
             )
         computed = mask & (advantages != 0)
     # A token that is not computed keeps ratio 1: without an advantage its loss is 0 whatever its log-prob.
     unchanged = old_log_probs.detach()
     trains_head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    by_response = surrogate.is_sequence_level
+    by_response = options.is_sequence_level
     if not trains_head or (by_response and not 0 < mask.shape[1] <= head.span):
         tokens = tokens_of(computed, active_tokens)
         log_probs, _ = log_probs_of(hidden, weight, bias, token_ids, tokens, head)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srpo_core.checked import choose
-from srpo_core.masking import at_least_float32, log_ratio_of, masked_max, masked_mean, masked_min
+from srpo_core.masking import at_least_float32, is_barred, log_ratio_of, masked_max, masked_mean, masked_min
 from srpo_core.options import KLEstimator, LossOptions, Reduction
 from srpo_core.surrogates import masked_log_ratio, ratio_of
 from srpo_core.typechecking import typechecked
@@ -33,11 +33,13 @@ def kl_penalty(
     *,
     ref_log_probs: Float[Tensor, "batch time"],
     estimator: KLEstimator = "k3",
+    old_log_probs: Float[Tensor, "batch time"] | None = None,
 ) -> Float[Tensor, "batch time"]:
     r"""Estimate, from the sampled token, of :math:`\mathrm{KL}(\pi \| \pi_\text{ref})` at each token, nats.
 
     With :math:`\delta = \log \pi_\text{ref}(y_t) - \log \pi(y_t)`: ``k1`` is :math:`-\delta`, ``k2`` is
-    :math:`\delta^2 / 2` and ``k3`` is :math:`e^\delta - \delta - 1`. The gradient is that of the estimate itself.
+    :math:`\delta^2 / 2`, ``k3`` is :math:`e^\delta - \delta - 1` and ``abs`` is :math:`|\delta|`, which estimates no KL
+    but penalizes each nat alike. The gradient is that of the estimate itself.
     On-policy the gradient of ``k1`` has mean 0, so as a loss it penalizes nothing: log ``k1``, and train with ``k2`` or
     ``k3``.
 
@@ -47,11 +49,17 @@ def kl_penalty(
     (:math:`-\infty`) has :math:`\delta = \pm 20`, and a token that both policies bar has :math:`\delta = 0`; neither
     has a gradient.
 
+    With `old_log_probs` the estimate is multiplied by the importance ratio :math:`\rho_t = \pi(y_t) /
+    \pi_\text{old}(y_t)`, which has its gradient as well. The tokens come from :math:`\pi_\text{old}`, so without
+    the ratio the estimate is biased as soon as the policy has moved; with it the expectation of ``k3`` and of ``k1`` is
+    the KL, and the expected gradient is that of the KL.
+
     Args:
         log_probs: Each token under the policy being trained, nats. The only input with a gradient.
         mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
         ref_log_probs: The same tokens under the reference policy, nats.
         estimator: Which estimate.
+        old_log_probs: The same tokens under the policy that sampled them, nats. None: the estimate is not multiplied.
 
     Raises:
         ValueError: If `estimator` is unknown.
@@ -61,10 +69,19 @@ def kl_penalty(
         tensor([[0.3679]])
 
     References:
-        Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
+        Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html; the ratio: DeepSeek-V3.2,
+        arXiv:2512.02556.
     """
-    estimate = choose("estimator", estimator, {"k1": torch.neg, "k2": _k2, "k3": k3})
-    return estimate(log_ratio_of(ref_log_probs.detach(), log_probs, mask))
+    estimate = choose("estimator", estimator, {"k1": torch.neg, "k2": _k2, "k3": k3, "abs": torch.abs})
+    ref_log_probs = ref_log_probs.detach()
+    if old_log_probs is None:
+        return estimate(log_ratio_of(ref_log_probs, log_probs, mask))
+    old_log_probs = old_log_probs.detach()
+    # A product has two gradients: a token that any policy bars must have neither.
+    barred = is_barred(ref_log_probs) | is_barred(old_log_probs)
+    log_probs = torch.where(barred, log_probs.detach(), log_probs)
+    ratio = ratio_of(log_ratio_of(log_probs, old_log_probs, mask))
+    return ratio * estimate(log_ratio_of(ref_log_probs, log_probs, mask))
 
 
 @typechecked
@@ -82,6 +99,7 @@ def aggregate(
     ========================  ==================================  ====================================
     ``token_mean`` (DAPO)     token losses                        real tokens
     ``sequence_mean`` (GRPO)  mean token loss of each response    responses with a real token
+    ``sequence_sum`` (LUSPO)  token losses                        responses with a real token
     ``constant`` (Dr. GRPO)   token losses                        (`normalizer` is required)
     ``sum``                   token losses                        1 (`normalizer` is refused)
     ========================  ==================================  ====================================
@@ -114,9 +132,10 @@ def aggregate(
     # Half precision neither adds up many tokens nor, in float16, holds their sum.
     token_losses = token_losses.to(at_least_float32(token_losses.dtype))
     if reduction == "sequence_mean":
-        total, count = masked_mean(token_losses, mask, dim=1).sum(), mask.any(1).sum()
+        total = masked_mean(token_losses, mask, dim=1).sum()
     else:
-        total, count = torch.where(mask, token_losses, 0.0).sum(), mask.sum()
+        total = torch.where(mask, token_losses, 0.0).sum()
+    count = mask.any(1).sum() if reduction in ("sequence_mean", "sequence_sum") else mask.sum()
     if reduction == "sum":
         return total
     return total / (count.clamp(min=1) if normalizer is None else normalizer)
@@ -154,8 +173,9 @@ def grpo_loss(
 
     Returns:
         ``loss``, and detached 0-d ``metrics`` over the real tokens: ``loss/policy``, those of the surrogate,
-        ``ratio/mean``, ``ratio/min``, ``ratio/max``, ``kl/old`` (k3 of the sampling policy, nats) and, with a
-        reference, ``kl/reference`` (nats).
+        ``ratio/mean``, ``ratio/min``, ``ratio/max``, ``kl/old`` (k3 of the sampling policy, nats), with a reference
+        ``kl/reference`` (nats), and with `off_policy_threshold` ``off_policy/dropped``, the share of the tokens that
+        it keeps from training.
 
     Raises:
         ValueError: If `ref_log_probs` or `normalizer` is missing, or `log_probs` has no gradient and `advantages` or
@@ -170,7 +190,7 @@ def grpo_loss(
         tensor([[-0.5000, -1.5000]])
 
     References:
-        GRPO, arXiv:2402.03300, eq. 3.
+        GRPO, arXiv:2402.03300, eq. 3; `off_policy_threshold`: DeepSeek-V3.2, arXiv:2512.02556.
     """
     policy, penalty = token_losses(
         log_probs, advantages, mask, options, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs
@@ -198,15 +218,29 @@ def token_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Policy loss and KL penalty (None without a reference) of each token: what `grpo_loss` and its fused twin share.
 
-    A surrogate that is not of the sequence level treats each token by itself, so any part of a batch may be asked
-    alone.
+    Options that are not of the sequence level treat each token by itself, so any part of a batch may be asked alone.
     """
     if options.kl_coef > 0.0 and ref_log_probs is None:
         raise ValueError("ref_log_probs is None; kl_coef above 0 needs the reference policy's log-probs")
     policy = options.surrogate(log_probs, advantages, mask, old_log_probs=old_log_probs)
+    if options.off_policy_threshold is not None:
+        log_ratio, advantages = masked_log_ratio(log_probs.detach(), advantages, mask, old_log_probs=old_log_probs)
+        policy = torch.where(_dropped(log_ratio, advantages, mask, options.off_policy_threshold), 0.0, policy)
     if ref_log_probs is None:
         return policy, None
-    return policy, kl_penalty(log_probs, mask, ref_log_probs=ref_log_probs, estimator=options.kl_estimator)
+    return policy, kl_penalty(
+        log_probs,
+        mask,
+        ref_log_probs=ref_log_probs,
+        estimator=options.kl_estimator,
+        old_log_probs=old_log_probs if options.kl_correction == "ratio" else None,
+    )
+
+
+def _dropped(log_ratio: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """Where a token is pushed down by a response that the policy has already left far behind."""
+    # NaN is not above the threshold: it stays, and shows in the loss.
+    return (advantages < 0) & (-masked_mean(log_ratio, mask, dim=1)[:, None] > threshold)
 
 
 def _k2(log_ratio: Tensor) -> Tensor:
@@ -228,7 +262,11 @@ def _ratio_metrics(
 ) -> dict[str, Tensor]:
     log_ratio, advantages = masked_log_ratio(log_probs, advantages, mask, old_log_probs=old_log_probs)
     ratio = ratio_of(log_ratio)
-    return options.surrogate.metrics(log_ratio, advantages, mask) | {
+    metrics = options.surrogate.metrics(log_ratio, advantages, mask)
+    if options.off_policy_threshold is not None:
+        dropped = _dropped(log_ratio, advantages, mask, options.off_policy_threshold)
+        metrics["off_policy/dropped"] = masked_mean(dropped.to(ratio.dtype), mask)
+    return metrics | {
         "ratio/mean": masked_mean(ratio, mask, empty=1.0),
         "ratio/min": masked_min(ratio, mask, empty=1.0),
         "ratio/max": masked_max(ratio, mask, empty=1.0),

@@ -38,8 +38,9 @@ Renormalization = Literal["trajectory", "per_role", "none"]
 Scale = Literal["fixed", "batch_rms", "ema_rms"]
 Sign = Literal["symmetric", "advantage"]
 Normalization = Literal["std", "none", "leave_one_out"]
-KLEstimator = Literal["k3", "k1", "k2"]
-Reduction = Literal["token_mean", "sequence_mean", "constant", "sum"]
+KLEstimator = Literal["k3", "k1", "k2", "abs"]
+KLCorrection = Literal["none", "ratio"]
+Reduction = Literal["token_mean", "sequence_mean", "constant", "sum", "sequence_sum"]
 
 # Beyond e^±40 a float32 weight, its square and its mean over a long response no longer all fit.
 MAX_EXPONENT = 40.0
@@ -252,7 +253,23 @@ class LossOptions(CheckedOptions):
         0.0, "Weight of the KL penalty to the reference, which token weights never touch.", at_least=0.0
     )
     kl_estimator: KLEstimator = option("k3", "Estimate of that KL from the sampled token.")
+    kl_correction: KLCorrection = option(
+        "none",
+        "With `ratio` the KL penalty of a token is multiplied by its importance ratio, so that it stays unbiased after "
+        "the policy has moved away from the one that sampled.",
+    )
+    off_policy_threshold: float | None = option(
+        None,
+        "The largest mean log-ratio from the sampling policy to the trained one, nats per token, at which a response "
+        "with a negative advantage still trains; None: all train.",
+        at_least=0.0,
+    )
     reduction: Reduction = option("token_mean", "How the losses of tokens add up.")
+
+    @property
+    def is_sequence_level(self) -> bool:
+        """Whether the loss of a token depends on the other tokens of its response."""
+        return self.surrogate.is_sequence_level or self.off_policy_threshold is not None
 
     def _coerced(self, name: str, value: Any) -> Any:
         if name != "surrogate" or not isinstance(value, str | Mapping):

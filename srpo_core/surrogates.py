@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from srpo_core.checked import CheckedOptions, option
+from srpo_core.checked import CheckedOptions, OptionError, option
 from srpo_core.masking import MAX_LOG_RATIO, is_barred, log_ratio_of, masked_mean
 from srpo_core.typechecking import typechecked
 
-__all__ = ["CISPO", "GSPO", "SAPO", "Clip", "GSPOToken", "Surrogate"]
+__all__ = ["CISPO", "GSPO", "SAPO", "VESPO", "Clip", "GSPOToken", "Surrogate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Surrogate(CheckedOptions):
 
         Example:
             >>> Surrogate.named("cispo"), Surrogate.named({"name": "clip", "low": 0.1})
-            (CISPO(max_ratio=5.0), Clip(low=0.1, high=0.2, dual=None))
+            (CISPO(max_ratio=5.0, min_ratio=0.0), Clip(low=0.1, high=0.2, dual=None))
         """
         parameters = {"name": value} if isinstance(value, str) else dict(value)
         name = parameters.pop("name", None)
@@ -132,6 +132,12 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def _by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:
+    """One number where the advantage is positive, the other one elsewhere."""
+    # Not torch.where of two Python numbers: that rounds them to the default dtype.
+    return torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+
+
 def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
 
@@ -192,9 +198,10 @@ class Clip(Surrogate):
 class CISPO(Surrogate):
     r"""REINFORCE whose importance weight is truncated, so that no token loses its gradient.
 
-    .. math:: \ell_t = -\operatorname{sg}[\min(\rho_t, \rho_{\max})]\, A_t \log \pi(y_t)
+    .. math:: \ell_t = -\operatorname{sg}[\operatorname{clip}(\rho_t, \rho_{\min}, \rho_{\max})]\, A_t \log \pi(y_t)
 
-    Metric: ``clip/high``, the share of tokens whose weight is truncated.
+    Metrics: ``clip/high``, the share of tokens whose weight is truncated, and with `min_ratio` ``clip/low``, the share
+    whose weight is raised.
 
     Raises:
         ValueError: If a parameter is out of range.
@@ -205,18 +212,31 @@ class CISPO(Surrogate):
         tensor([[2.]])
 
     References:
-        MiniMax-M1, arXiv:2506.13585, section 3.1; only the upper bound, as in its experiments.
+        MiniMax-M1, arXiv:2506.13585, section 3.1; by default only the upper bound, as in its experiments.
     """
 
     name = "cispo"
     max_ratio: float = option(5.0, "Largest importance weight.", above=0.0)
+    min_ratio: float = option(0.0, "Smallest importance weight, at most `max_ratio`; 0: no bound.", at_least=0.0)
 
     def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return -ratio_of(log_ratio).clamp(max=self.max_ratio).detach() * advantages * log_probs
+        return -ratio_of(log_ratio).clamp(self.min_ratio, self.max_ratio).detach() * advantages * log_probs
 
     def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
         ratio = ratio_of(log_ratio)
-        return {"clip/high": masked_mean((ratio > self.max_ratio).to(ratio.dtype), mask)}
+        metrics = {"clip/high": masked_mean((ratio > self.max_ratio).to(ratio.dtype), mask)}
+        if self.min_ratio > 0.0:
+            metrics["clip/low"] = masked_mean((ratio < self.min_ratio).to(ratio.dtype), mask)
+        return metrics
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        if self.min_ratio > self.max_ratio:
+            raise OptionError(
+                lambda named: (
+                    f"{named('min_ratio')} must be at most {named('max_ratio')} {self.max_ratio}, got {self.min_ratio}"
+                )
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +277,53 @@ class SAPO(Surrogate):
         return {"gate/mean": masked_mean(4.0 * opened * (1.0 - opened), mask, empty=1.0)}
 
     def _temperature(self, advantages: Tensor) -> Tensor:
-        # Not torch.where of two Python numbers: that rounds them to the default dtype.
-        lower = torch.full_like(advantages, self.temperature_negative)
-        return lower.masked_fill(advantages > 0, self.temperature_positive)
+        return _by_sign(advantages, self.temperature_positive, self.temperature_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPO(Surrogate):
+    r"""REINFORCE whose importance weight is that of the whole response, reshaped by a gamma kernel.
+
+    .. math:: \ell_t = -\operatorname{sg}[\varphi(w)]\, A_t \log \pi(y_t), \qquad
+        \varphi(w) = w^k e^{\lambda (1 - w)}, \qquad w = \prod_j \rho_j
+
+    :math:`\varphi` is 1 on policy. It falls towards 0 where the response has become far likelier or far less likely,
+    and is kept within :math:`e^{\pm 20}`. The shape :math:`k` and the rate :math:`\lambda` depend on the sign of the
+    advantage. Token weights act on the gradient of each token.
+
+    Metric: ``gate/mean``, the mean of :math:`\varphi` over tokens.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+
+    Example:
+        >>> VESPO()(torch.tensor([[-1.0, -0.5]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[True, True]]),
+        ...         old_log_probs=torch.tensor([[-1.0, -1.0]]))
+        tensor([[0.7765, 0.3882]])
+
+    References:
+        VESPO, arXiv:2602.10693.
+    """
+
+    name = "vespo"
+    is_sequence_level: ClassVar[bool] = True
+    shape_positive: float = option(2.0, "Power of the ratio where the advantage is positive.", at_least=0.0)
+    rate_positive: float = option(3.0, "How fast the kernel falls for large ratios there.", above=0.0)
+    shape_negative: float = option(3.0, "Power of the ratio elsewhere.", at_least=0.0)
+    rate_negative: float = option(2.0, "How fast the kernel falls for large ratios elsewhere.", above=0.0)
+
+    def losses(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -self._gate(log_ratio, advantages).detach() * advantages * log_probs
+
+    def metrics(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"gate/mean": masked_mean(self._gate(log_ratio, advantages), mask, empty=1.0)}
+
+    def _gate(self, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+        of_response = log_ratio.sum(1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        shape = _by_sign(advantages, self.shape_positive, self.shape_negative)
+        rate = _by_sign(advantages, self.rate_positive, self.rate_negative)
+        # expm1: near policy 1 - w would lose the digits that the rate multiplies.
+        return ratio_of(shape * of_response - rate * torch.expm1(of_response))
 
 
 @dataclass(frozen=True, kw_only=True)

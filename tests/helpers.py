@@ -7,7 +7,7 @@ import torch
 
 from srpo_core import SRPOConfig
 from srpo_core.checked import kinds_of, names_of
-from srpo_core.surrogates import CISPO, GSPO, SAPO, Clip, GSPOToken, Surrogate
+from srpo_core.surrogates import CISPO, GSPO, SAPO, VESPO, Clip, GSPOToken, Surrogate
 
 
 def close(actual, expected, **tolerance):
@@ -38,8 +38,9 @@ _TUNED = {
     surrogate.name: surrogate
     for surrogate in (
         Clip(low=0.1, high=0.3, dual=1.5),
-        CISPO(max_ratio=1.1),
+        CISPO(max_ratio=1.1, min_ratio=0.9),
         SAPO(temperature_positive=0.8, temperature_negative=1.3),
+        VESPO(shape_positive=1.0, rate_positive=2.0, shape_negative=1.5, rate_negative=0.5),
         GSPOToken(low=0.05, high=0.1),
         GSPO(low=0.05, high=0.1),
     )

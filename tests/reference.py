@@ -138,7 +138,12 @@ def _map(x, members, kind, strength, bound=0.6931471805599453):
     return {t: len(members) * math.exp(exponent[t]) / total for t in members}
 
 
-def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4):
+def _std(values):
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1))
+
+
+def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4, lengths=None):
     result = []
     for i, reward in enumerate(rewards):
         group = [r for r, g in zip(rewards, group_ids, strict=True) if g == group_ids[i]]
@@ -149,11 +154,48 @@ def group_advantages(rewards, group_ids, normalization="std", epsilon=1e-4):
         if normalization == "std":
             std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
             result.append((reward - mean) / (std + epsilon))
+        elif normalization == "batch_std":
+            result.append((reward - mean) / (_std(rewards) + epsilon))
+        elif normalization == "length_weighted":
+            tokens = [n for n, g in zip(lengths, group_ids, strict=True) if g == group_ids[i]]
+            weighed = math.fsum(n * r for n, r in zip(tokens, group, strict=True))
+            result.append(reward - weighed / sum(tokens))
         elif normalization == "none":
             result.append(reward - mean)
         else:
             others = (math.fsum(group) - reward) / (len(group) - 1)
             result.append(reward - others)
+    return result
+
+
+def multi_reward_advantages(rewards, group_ids, coefficients, epsilon=1e-4):
+    columns = [group_advantages(column, group_ids, epsilon=epsilon) for column in zip(*rewards, strict=True)]
+    total = [math.fsum(c * x for c, x in zip(coefficients, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [x / (_std(total) + epsilon) if x else 0.0 for x in total]
+
+
+def top_entropy_mask(entropy, mask, share):
+    real = sorted(
+        (x for rows in zip(entropy, mask, strict=True) for x, r in zip(*rows, strict=True) if r), reverse=True
+    )
+    return [
+        [r and x >= real[math.floor(share * (len(real) - 1))] for x, r in zip(*rows, strict=True)]
+        for rows in zip(entropy, mask, strict=True)
+    ]
+
+
+def engine_weights(old_log_probs, engine_log_probs, mask, level, out_of_bounds, low, high):
+    result = []
+    for rows in zip(old_log_probs, engine_log_probs, mask, strict=True):
+        deltas = [log_ratio(p, q) if r and not math.isnan(q) else 0.0 for p, q, r in zip(*rows, strict=True)]
+        row = []
+        for delta, real in zip(deltas, rows[2], strict=True):
+            exponent = delta if level == "token" else math.fsum(deltas)
+            weight = math.exp(min(max(exponent, -20.0), 20.0))
+            if not low <= weight <= high:
+                weight = 0.0 if out_of_bounds == "mask" else min(max(weight, low), high)
+            row.append(weight if real else 0.0)
+        result.append(row)
     return result
 
 
@@ -172,7 +214,9 @@ def surrogate(log_probs, old_log_probs, advantages, mask, kind, **parameters):
                 continue
             ratio = math.exp(min(max(mean if kind.startswith("gspo") else log_ratio(p, q), -20.0), 20.0))
             if kind == "cispo":
-                loss = -min(ratio, parameters.get("max_ratio", 5.0)) * a * (0.0 if p == -math.inf else p)
+                loss = -_cispo_weight(ratio, **parameters) * a * (0.0 if p == -math.inf else p)
+            elif kind == "vespo":
+                loss = -_vespo_weight(math.fsum(deltas), a, **parameters) * a * (0.0 if p == -math.inf else p)
             elif kind == "sapo":
                 tau = _temperature(a, **parameters)
                 loss = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * a
@@ -209,11 +253,33 @@ def surrogate_slopes(log_probs, old_log_probs, advantages, mask, kind, **paramet
             if not r or -math.inf in (p, q):
                 row.append(0.0)
             elif kind == "cispo":
-                row.append(-min(math.exp(min(max(p - q, -20.0), 20.0)), parameters.get("max_ratio", 5.0)) * a)
+                row.append(-_cispo_weight(math.exp(min(max(p - q, -20.0), 20.0)), **parameters) * a)
+            elif kind == "vespo":
+                row.append(-_vespo_weight(math.fsum(deltas), a, **parameters) * a)
             else:
                 # All tokens of a GSPO response have one advantage, and the mean moves them by 1/n each: n times 1/n.
                 row.append(slope(mean if kind.startswith("gspo") else p - q, a))
         result.append(row)
+    return result
+
+
+def _cispo_weight(ratio, max_ratio=5.0, min_ratio=0.0):
+    return min(max(ratio, min_ratio), max_ratio)
+
+
+def _vespo_weight(log_w, advantage, shape_positive=2.0, rate_positive=3.0, shape_negative=3.0, rate_negative=2.0):
+    k, rate = (shape_positive, rate_positive) if advantage > 0 else (shape_negative, rate_negative)
+    log_w = min(max(log_w, -20.0), 20.0)
+    return math.exp(min(max(k * log_w + rate * (1.0 - math.exp(log_w)), -20.0), 20.0))
+
+
+def off_policy_dropped(log_probs, old_log_probs, advantages, mask, threshold):
+    """Which tokens have a negative advantage in a response whose old policy is too much likelier, in the mean."""
+    result = []
+    for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
+        gone = [-log_ratio(p, q) for p, q, r in zip(new, old, real, strict=True) if r]
+        far = bool(gone) and math.fsum(gone) / len(gone) > threshold
+        result.append([far and r and a < 0 for a, r in zip(advantage, real, strict=True)])
     return result
 
 
@@ -223,12 +289,13 @@ def _temperature(advantage, temperature_positive=1.0, temperature_negative=1.05)
 
 def surrogate_metrics(log_probs, old_log_probs, advantages, mask, kind, **parameters):
     """What a surrogate reports of itself: shares of the real tokens, or the mean slope of the gate."""
-    tokens = []
+    tokens, gates = [], []
     for new, old, advantage, real in zip(log_probs, old_log_probs, advantages, mask, strict=True):
         deltas = [log_ratio(p, q) for p, q, r in zip(new, old, real, strict=True) if r]
         mean = math.fsum(deltas) / len(deltas) if deltas else 0.0
         credit = [a for a, r in zip(advantage, real, strict=True) if r]
         tokens += [(math.exp(mean if kind.startswith("gspo") else d), a) for d, a in zip(deltas, credit, strict=True)]
+        gates += [_vespo_weight(math.fsum(deltas), a, **parameters) for a in credit] if kind == "vespo" else []
 
     def average(of, empty=0.0):
         return math.fsum(of(ratio, a) for ratio, a in tokens) / len(tokens) if tokens else empty
@@ -238,7 +305,12 @@ def surrogate_metrics(log_probs, old_log_probs, advantages, mask, kind, **parame
         return 4 * gate * (1 - gate)
 
     if kind == "cispo":
-        return {"clip/high": average(lambda ratio, a: ratio > parameters.get("max_ratio", 5.0))}
+        result = {"clip/high": average(lambda ratio, a: ratio > parameters.get("max_ratio", 5.0))}
+        if (least := parameters.get("min_ratio", 0.0)) > 0:
+            result["clip/low"] = average(lambda ratio, a: ratio < least)
+        return result
+    if kind == "vespo":
+        return {"gate/mean": math.fsum(gates) / len(gates) if gates else 1.0}
     if kind == "sapo":
         return {"gate/mean": average(slope, empty=1.0)}
     low, high, dual = (parameters.get(*each) for each in (("low", 0.2), ("high", 0.2), ("dual", None)))
@@ -258,16 +330,19 @@ def k3(delta):
     return (math.exp(5.0) - 5.0 - 1.0) + (math.exp(5.0) - 1.0) * (delta - 5.0)
 
 
-def kl_penalty(log_probs, ref_log_probs, mask, estimator="k3"):
+def kl_penalty(log_probs, ref_log_probs, mask, estimator="k3", old_log_probs=None):
     def estimate(p, ref):
         delta = log_ratio(ref, p)
-        if estimator == "k3":
-            return k3(delta)
-        return -delta if estimator == "k1" else delta * delta / 2
+        return {"k3": k3(delta), "k1": -delta, "k2": delta * delta / 2, "abs": abs(delta)}[estimator]
+
+    def factor(i, t):
+        if old_log_probs is None:
+            return 1.0
+        return math.exp(min(max(log_ratio(log_probs[i][t], old_log_probs[i][t]), -20.0), 20.0))
 
     return [
-        [estimate(p, ref) if real else 0.0 for p, ref, real in zip(*rows, strict=True)]
-        for rows in zip(log_probs, ref_log_probs, mask, strict=True)
+        [factor(i, t) * estimate(p, ref) if real else 0.0 for t, (p, ref, real) in enumerate(zip(*rows, strict=True))]
+        for i, rows in enumerate(zip(log_probs, ref_log_probs, mask, strict=True))
     ]
 
 
@@ -276,6 +351,8 @@ def aggregate(losses, mask, reduction="token_mean", normalizer=None):
     rows = [row for row in rows if row]
     if reduction == "sequence_mean":
         total, count = math.fsum(math.fsum(row) / len(row) for row in rows), len(rows)
+    elif reduction == "sequence_sum":
+        total, count = math.fsum(math.fsum(row) for row in rows), len(rows)
     else:
         total, count = math.fsum(x for row in rows for x in row), sum(map(len, rows))
     if reduction == "sum":

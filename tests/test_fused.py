@@ -34,7 +34,7 @@ from srpo_core.output_layer import VocabShard
 
 DEFAULTS = LossOptions()
 TOKEN_RATIO = ["clip", "cispo", "sapo"]
-REDUCTIONS = ["token_mean", "sequence_mean", "constant", "sum"]
+REDUCTIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "sum"]
 surrogates = pytest.mark.parametrize("name", SURROGATES)
 
 
@@ -178,11 +178,20 @@ def gradients(loss, leaves):
     made=problems(),
     chunk=st.sampled_from([1, 2, 3, 7, 100]),
     reduction=st.sampled_from(REDUCTIONS),
-    kl=st.sampled_from([(0.0, "k3"), (0.1, "k3"), (0.1, "k2"), (0.1, "k1")]),
+    kl=st.sampled_from([(0.0, "k3"), (0.1, "k3"), (0.1, "k2"), (0.1, "k1"), (0.1, "abs")]),
+    correction=st.sampled_from(["none", "ratio"]),
+    threshold=st.sampled_from([None, None, 0.0, 0.05]),
 )
-def test_fused_linear_grpo_loss_equals_the_logits_variant(made, name, chunk, reduction, kl):
+def test_fused_linear_grpo_loss_equals_the_logits_variant(made, name, chunk, reduction, kl, correction, threshold):
     """Loss, every metric and every gradient, whatever the shape, the chunks and the options; NaN under the mask."""
-    options = LossOptions(surrogate=SURROGATES[name], kl_coef=kl[0], kl_estimator=kl[1], reduction=reduction)
+    options = LossOptions(
+        surrogate=SURROGATES[name],
+        kl_coef=kl[0],
+        kl_estimator=kl[1],
+        kl_correction=correction,
+        off_policy_threshold=threshold,
+        reduction=reduction,
+    )
     normalizer = 7.0 if reduction == "constant" else None
     loss, metrics = made.plain(options, normalizer=normalizer)
     fused = made.fused(options, normalizer=normalizer, chunk_tokens=chunk)
@@ -242,20 +251,21 @@ class AtOnce(torch.autograd.Function):
         return None, *(grad_loss * gradient for gradient in ctx.gradients)
 
 
+@pytest.mark.parametrize("more", [{}, {"kl_correction": "ratio", "off_policy_threshold": 0.0}], ids=["", "corrected"])
 @pytest.mark.parametrize("name", ["clip", "sapo", "gspo"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(name, softcap):
+def test_gradcheck(name, softcap, more):
     made = problem(1, 2, 3, 3, 5, off_policy=0.03, real=0.8, softcap=softcap, scale=0.5)
     made.hidden = torch.where(made.mask[..., None], made.hidden.detach(), 0.5).requires_grad_()
 
     def loss(*leaves):
         made.hidden, made.weight, made.bias = leaves
-        return made.fused(LossOptions(surrogate=name, kl_coef=0.1), chunk_tokens=3).loss
+        return made.fused(LossOptions(surrogate=name, kl_coef=0.1, **more), chunk_tokens=3).loss
 
     assert gradcheck(lambda *leaves: AtOnce.apply(loss, *leaves), (made.hidden, made.weight, made.bias))
 
 
-@pytest.mark.parametrize("name", ["cispo", "gspo_token"])
+@pytest.mark.parametrize("name", ["cispo", "vespo", "gspo_token"])
 def test_gradients_of_losses_with_a_stopped_ratio(name):
     """Their value is not their primitive, so gradcheck cannot: differences of the log-probs instead."""
     made = problem(1, 2, 3, 3, 5, off_policy=0.03)
@@ -263,6 +273,9 @@ def test_gradients_of_losses_with_a_stopped_ratio(name):
     log_ratio = torch.where(made.mask, made.log_probs().detach() - old, 0.0)
     if name == "cispo":
         ratio = log_ratio.exp().clamp(max=5.0)
+    elif name == "vespo":
+        w = log_ratio.sum(1).exp()
+        ratio = torch.where(made.advantages > 0, w**2 * (3 - 3 * w).exp(), w**3 * (2 - 2 * w).exp())[:, None]
     else:
         ratio = (log_ratio.sum(1) / made.mask.sum(1).clamp(min=1)).exp()[:, None]
     share = torch.where(made.mask, -ratio * made.advantages[:, None], 0.0) / made.mask.sum()
@@ -674,6 +687,7 @@ def test_tokens_without_credit_may_be_left_out(name, reduction):
         ("clip", {}, [], 3),
         ("cispo", {"chunk_tokens": 5}, [], 3),
         ("gspo", {"chunk_tokens": 5}, [], 4),  # in two passes
+        ("vespo", {"chunk_tokens": 5}, [], 4),
         ("clip", {}, ["weight"], 2),
         ("gspo_token", {}, ["weight"], 2),
         ("clip", {}, ["hidden", "weight"], 1),
@@ -995,6 +1009,8 @@ def eager_and_compiled(made, options, how, **compiling):
         (LossOptions(surrogate="clip", kl_coef=0.1), {"active_tokens": 14}),
         (LossOptions(surrogate="sapo"), {"vocab_columns": 30, "active_tokens": 13}),
         (LossOptions(surrogate="gspo"), {}),
+        (LossOptions(surrogate="vespo"), {}),
+        (LossOptions(off_policy_threshold=0.01, kl_coef=0.1, kl_correction="ratio"), {}),
     ],
     ids=lambda value: value.surrogate.name if isinstance(value, LossOptions) else ",".join(value),
 )
@@ -1066,6 +1082,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(name):
         ({}, {"vocab_columns": 40}, r"vocab_columns must be in \[15, 37\].* got 40"),
         ({"kl_coef": 0.1}, {"active": "credited"}, "active='credited' with kl_coef=0.1.*pass active='real'"),
         ({"surrogate": "gspo_token"}, {"active": "credited"}, "active='credited' with .*surrogate='gspo_token'"),
+        ({"off_policy_threshold": 0.1}, {"active": "credited"}, "active='credited' with .*off_policy_threshold=0.1"),
         ({"reduction": "constant"}, {}, "normalizer is None"),
     ],
 )

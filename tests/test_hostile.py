@@ -217,8 +217,8 @@ def test_rows_without_a_token_and_rows_of_one_token_add_what_they_should(name):
         options = LossOptions(surrogate=SURROGATES[name](), reduction=reduction)
         loss, metrics = grpo_loss(log_probs, advantages, mask, options, old_log_probs=old)
         (gradient,) = torch.autograd.grad(loss, log_probs)
-        # CISPO is -A log p, SAPO -4 sigmoid(0) A / k; the others are -A on policy.
-        assert loss == {"cispo": 2.0, "sapo": -4.0}.get(name, -2.0)
+        # CISPO and VESPO are -A log p, SAPO -4 sigmoid(0) A / k; the others are -A on policy.
+        assert loss == {"cispo": 2.0, "vespo": 2.0, "sapo": -4.0}.get(name, -2.0)
         assert gradient.tolist() == [[0.0, 0.0], [-2.0, 0.0]]
         assert all(value.isfinite() for value in metrics.values())
 
@@ -276,7 +276,7 @@ def test_a_vocabulary_of_one_is_certain_and_has_no_gradient(name, dtype):
         hidden, OutputLayer(weight), ids, torch.ones(1, 2), mask, options, old_log_probs=torch.zeros(1, 2)
     )
     loss.backward()
-    assert loss.item() == pytest.approx({"cispo": 0.0, "sapo": -2.0}.get(name, -1.0))
+    assert loss.item() == pytest.approx({"cispo": 0.0, "vespo": 0.0, "sapo": -2.0}.get(name, -1.0))
     assert not hidden.grad.any()
     assert not weight.grad.any()
     assert metrics["ratio/max"] == 1.0

@@ -1,7 +1,8 @@
 """Penalties, aggregation and grpo_loss: reference, padding, gradients, precision, metrics, bad input."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import reference
@@ -15,7 +16,8 @@ from torch.autograd import gradcheck
 
 from srpo_core import LossOptions, aggregate, grpo_loss, kl_penalty, shared_baseline_weights
 
-REDUCTIONS = ["token_mean", "sequence_mean", "constant", "sum"]
+REDUCTIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "sum"]
+ESTIMATORS = ["k1", "k2", "k3", "abs"]
 surrogates = pytest.mark.parametrize("name", SURROGATES)
 
 
@@ -28,21 +30,49 @@ def loss_of(batch, options, advantages=None, **more):
 # The KL penalty
 
 
-@given(batches(), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from([1.0, 20.0]))
-def test_kl_penalty_equals_the_reference(batch, estimator, spread):
+@given(batches(), st.sampled_from(ESTIMATORS), st.sampled_from([1.0, 20.0]), st.booleans())
+def test_kl_penalty_equals_the_reference(batch, estimator, spread, corrected):
     ref = batch.log_probs + spread * (batch.ref_log_probs - batch.log_probs)
-    actual = kl_penalty(batch.log_probs, batch.mask, ref_log_probs=ref, estimator=estimator)
-    close(actual, reference.kl_penalty(*as_lists(batch.log_probs, ref, batch.mask), estimator))
+    old = batch.old_log_probs if corrected else None
+    actual = kl_penalty(batch.log_probs, batch.mask, ref_log_probs=ref, estimator=estimator, old_log_probs=old)
+    olds = old.tolist() if corrected else None
+    close(actual, reference.kl_penalty(*as_lists(batch.log_probs, ref, batch.mask), estimator, olds))
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_gradient_of_the_kl_penalty(estimator):
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradient_of_the_kl_penalty(estimator, corrected):
     g = torch.Generator().manual_seed(0)
     log_probs = torch.randn(2, 3, generator=g, dtype=torch.float64, requires_grad=True)
     # Away from 5 nats, where k3 becomes its tangent, on both sides.
     ref = torch.randn(2, 3, generator=g, dtype=torch.float64) + torch.tensor([[0.0, 9.0, 0.0], [15.0, 0.0, -9.0]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    assert gradcheck(lambda x: kl_penalty(x, mask, ref_log_probs=ref, estimator=estimator), (log_probs,))
+    old = torch.randn(2, 3, generator=g, dtype=torch.float64) if corrected else None
+    penalty = partial(kl_penalty, mask=mask, ref_log_probs=ref, estimator=estimator, old_log_probs=old)
+    assert gradcheck(penalty, (log_probs,))
+
+
+def test_kl_penalty_times_the_ratio_is_the_kl_and_its_gradient_off_policy():
+    """Summed over a vocabulary with the probabilities of the policy that sampled, which is what sampling expects."""
+    g = torch.Generator().manual_seed(0)
+    logits, old, ref = (torch.randn(5, generator=g, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    policy, old, ref = (each.log_softmax(0) for each in (logits, old, ref))
+    kl = (policy.exp() * (policy - ref)).sum()
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    mask = torch.ones(1, 5).bool()
+    for estimator, corrected, unbiased in (("k1", True, True), ("k3", True, True), ("k3", False, False)):
+        more = {"old_log_probs": old[None]} if corrected else {}
+        estimates = kl_penalty(policy[None], mask, ref_log_probs=ref[None], estimator=estimator, **more)
+        mean = (old.exp() * estimates[0]).sum()
+        (gradient,) = torch.autograd.grad(mean, logits, retain_graph=True)
+        assert torch.allclose(mean, kl) == unbiased
+        assert torch.allclose(gradient, expected) == unbiased
+
+
+@pytest.mark.parametrize(("nats", "slope"), [(3.0, -1.0), (-3.0, 1.0), (0.0, 0.0)])
+def test_kl_penalty_abs_counts_each_nat_alike(nats, slope):
+    assert value_and_slope(nats, estimator="abs") == (abs(nats), slope)
 
 
 def value_and_slope(nats, dtype=torch.float64, estimator="k3"):
@@ -88,23 +118,28 @@ def test_the_gradient_of_k3_is_bounded_and_never_lost(nats):
         assert slope == pytest.approx(1 - math.exp(5))
 
 
-@given(barred_batches(), st.sampled_from(["k1", "k2", "k3"]))
-def test_kl_penalty_of_barred_tokens_equals_the_reference(batch, estimator):
+@given(barred_batches(), st.sampled_from(ESTIMATORS), st.booleans())
+def test_kl_penalty_of_barred_tokens_equals_the_reference(batch, estimator, corrected):
     log_probs = batch.log_probs.clone().requires_grad_()
-    penalty = kl_penalty(log_probs, batch.mask, ref_log_probs=batch.ref_log_probs, estimator=estimator)
-    close(penalty, reference.kl_penalty(*as_lists(batch.log_probs, batch.ref_log_probs, batch.mask), estimator))
+    others = {"ref_log_probs": batch.ref_log_probs, "estimator": estimator}
+    others["old_log_probs"] = batch.old_log_probs if corrected else None
+    penalty = kl_penalty(log_probs, batch.mask, **others)
+    olds = batch.old_log_probs.tolist() if corrected else None
+    close(penalty, reference.kl_penalty(*as_lists(batch.log_probs, batch.ref_log_probs, batch.mask), estimator, olds))
     (gradient,) = torch.autograd.grad(penalty.sum(), log_probs)
     barred = batch.log_probs.isneginf() | batch.ref_log_probs.isneginf()
+    if corrected:
+        barred |= batch.old_log_probs.isneginf()
     assert (gradient[barred | ~batch.mask] == 0).all()
     # The other tokens have the gradient that they have among themselves.
-    alone = kl_penalty(log_probs, batch.mask & ~barred, ref_log_probs=batch.ref_log_probs, estimator=estimator)
+    alone = kl_penalty(log_probs, batch.mask & ~barred, **others)
     assert torch.equal(gradient, torch.autograd.grad(alone.sum(), log_probs)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("estimator", "by_reference", "by_policy"),
-    [("k1", 20.0, -20.0), ("k2", 200.0, 200.0), ("k3", 19.0, 142.4131591 + 15 * 147.4131591)],
+    [("k1", 20.0, -20.0), ("abs", 20.0, 20.0), ("k2", 200.0, 200.0), ("k3", 19.0, 142.4131591 + 15 * 147.4131591)],
 )
 def test_kl_penalty_of_a_token_that_one_policy_bars_is_that_of_20_nats(dtype, estimator, by_reference, by_policy):
     inf = math.inf
@@ -142,10 +177,10 @@ def test_aggregate_equals_the_reference(batch, reduction, normalizer):
         assert torch.equal(aggregate(batch.log_probs, batch.mask, reduction=reduction, normalizer=tensor), actual)
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum"])
 @given(batch=batches())
 def test_a_global_normalizer_makes_micro_batches_add_up(batch, reduction):
-    real = batch.mask.any(1).sum() if reduction == "sequence_mean" else batch.mask.sum()
+    real = batch.mask.any(1).sum() if reduction.startswith("sequence") else batch.mask.sum()
     normalizer = real.clamp(min=1).double()
     parts = [
         aggregate(batch.log_probs[i : i + 1], batch.mask[i : i + 1], reduction=reduction, normalizer=normalizer)
@@ -159,7 +194,7 @@ def test_mass_is_conserved_under_every_normalizer(batch):
     """Mean-one weights over a whole response leave its share of the batch alone, however losses are averaged."""
     roles = torch.where(batch.mask, batch.roles.clamp(1, 2), 0)
     weights = shared_baseline_weights(batch.scores.nan_to_num(), roles, batch.mask)
-    for reduction in ("token_mean", "sequence_mean", "sum"):
+    for reduction in ("token_mean", "sequence_mean", "sequence_sum", "sum"):
         close(
             aggregate(weights, batch.mask, reduction=reduction),
             aggregate(batch.mask.double(), batch.mask, reduction=reduction),
@@ -341,6 +376,128 @@ def test_grpo_loss_is_policy_loss_plus_unweighted_kl(batch, reduction):
     kl = reference.aggregate(reference.kl_penalty(log_probs, ref, mask, "k2"), mask, **sizes)
     close(metrics["loss/policy"], policy)
     close(loss, policy + 0.3 * kl)
+
+
+@given(batches(), st.sampled_from([1.0, 10.0]))
+def test_grpo_loss_with_a_corrected_kl_is_that_of_plain_loops(batch, spread):
+    batch = replace(batch, log_probs=batch.old_log_probs + spread * (batch.log_probs - batch.old_log_probs))
+    loss, metrics = loss_of(batch, LossOptions(kl_coef=0.3, kl_correction="ratio"))
+    new, old, ref, advantages, mask = as_lists(
+        batch.log_probs, batch.old_log_probs, batch.ref_log_probs, batch.token_advantages, batch.mask
+    )
+    policy = reference.aggregate(reference.surrogate(new, old, advantages, mask, "clip"), mask)
+    kl = reference.aggregate(reference.kl_penalty(new, ref, mask, old_log_probs=old), mask)
+    close(loss, policy + 0.3 * kl)
+    close(metrics["kl/reference"], kl)
+
+
+@surrogates
+@given(batch=batches(), threshold=st.sampled_from([0.0, 0.05, 0.2, 100.0]))
+def test_grpo_loss_with_a_threshold_is_that_of_plain_loops(batch, name, threshold):
+    """Value, metric and gradient: the tokens that are dropped have none, the others what they had."""
+    options = LossOptions(surrogate=SURROGATES[name], off_policy_threshold=threshold, kl_coef=0.1)
+    batch = replace(batch, log_probs=batch.log_probs.clone().requires_grad_())
+    loss, metrics = loss_of(batch, options)
+    new, old, ref, advantages, mask = as_lists(
+        batch.log_probs, batch.old_log_probs, batch.ref_log_probs, batch.token_advantages, batch.mask
+    )
+    dropped = reference.off_policy_dropped(new, old, advantages, mask, threshold)
+    parameters = {each.name: getattr(SURROGATES[name], each.name) for each in fields(SURROGATES[name]) if each.init}
+    losses = reference.surrogate(new, old, advantages, mask, name, **parameters)
+    kept = [[0.0 if gone else x for x, gone in zip(*rows, strict=True)] for rows in zip(losses, dropped, strict=True)]
+    policy = reference.aggregate(kept, mask)
+    close(metrics["loss/policy"], policy)
+    close(loss, policy + 0.1 * reference.aggregate(reference.kl_penalty(new, ref, mask), mask))
+    close(metrics["off_policy/dropped"], sum(map(sum, dropped)) / max(sum(map(sum, mask)), 1))
+    only = replace(options, kl_coef=0.0)
+    (gradient,) = torch.autograd.grad(loss_of(batch, only).loss, batch.log_probs)
+    (whole,) = torch.autograd.grad(loss_of(batch, replace(only, off_policy_threshold=None)).loss, batch.log_probs)
+    close(gradient, torch.where(torch.tensor(dropped), 0.0, whole))
+
+
+def test_a_threshold_drops_a_wrong_response_that_was_left_behind_and_no_right_one_by_hand():
+    """Three responses whose old policy is likelier by 0.3 nats per token: right, wrong, and wrong but nearer."""
+    old = torch.full((3, 2), -1.0, dtype=torch.float64)
+    log_probs = (old - torch.tensor([[0.3, 0.3], [0.5, 0.1], [0.5, -0.1]], dtype=torch.float64)).requires_grad_()
+    advantages = torch.tensor([[1.0], [-1.0], [-1.0]], dtype=torch.float64).expand(3, 2)
+    options = LossOptions(off_policy_threshold=0.25, reduction="sum")
+    loss, metrics = grpo_loss(log_probs, advantages, old < 0, options, old_log_probs=old)
+    loss.backward()
+    assert (log_probs.grad != 0).tolist() == [[True, True], [False, False], [False, True]]  # 0.8 > e^-0.5: clipped
+    close(loss, -2 * math.exp(-0.3) + 0.8 + math.exp(0.1))
+    close(metrics["off_policy/dropped"], 1 / 3)
+
+
+def test_a_nan_is_not_hidden_by_a_threshold():
+    log_probs = torch.tensor([[math.nan, -1.0]])
+    options, mask = LossOptions(off_policy_threshold=0.1), torch.ones(1, 2).bool()
+    assert grpo_loss(log_probs, -torch.ones(1, 2), mask, options, old_log_probs=-torch.ones(1, 2)).loss.isnan()
+
+
+def test_luspo_is_gspo_with_the_sum_of_a_response():
+    """Length times the loss of the response, averaged over responses: by hand, with lengths 1 and 3."""
+    old = torch.full((2, 3), -1.0, dtype=torch.float64)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    log_probs = (old + torch.tensor([[0.1], [-0.1]])).requires_grad_()
+    options = LossOptions(surrogate="gspo", reduction="sequence_sum")
+    advantages = torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, 3)
+    loss = grpo_loss(log_probs, advantages, mask, options, old_log_probs=old).loss
+    close(loss, -(1 * math.exp(0.1) + 3 * 2 * math.exp(-0.1)) / 2, rtol=1e-6)
+
+
+@given(batches(), st.sampled_from(["token_mean", "sequence_mean", "sum"]), st.sampled_from(["k1", "k2", "k3"]))
+def test_options_that_are_off_leave_the_loss_as_it_was_bit_for_bit(batch, reduction, estimator):
+    """The formulas of before, written out in float32, in the same order of operations."""
+    new, old, ref, credit = (
+        torch.where(batch.mask, each, 0.0).float()
+        for each in (batch.log_probs, batch.old_log_probs, batch.ref_log_probs, batch.token_advantages)
+    )
+    new.requires_grad_()
+    options = LossOptions(reduction=reduction, kl_coef=0.1, kl_estimator=estimator)
+    loss = grpo_loss(new, credit, batch.mask, options, old_log_probs=old, ref_log_probs=ref).loss
+    ratio, delta = (new - old).clamp(-20, 20).exp(), ref - new
+    bounded = delta.clamp(max=5.0)
+    k3 = torch.expm1(bounded) - bounded + math.expm1(5.0) * torch.relu(delta - 5.0)
+    penalty = {"k1": -delta, "k2": 0.5 * delta.square(), "k3": k3}[estimator]
+    policy = -torch.minimum(ratio * credit, ratio.clamp(0.8, 1.2) * credit)
+
+    def total(losses):
+        if reduction == "sequence_mean":
+            lengths = batch.mask.sum(1)
+            means = torch.where(lengths > 0, torch.where(batch.mask, losses, 0.0).sum(1) / lengths.clamp(min=1), 0.0)
+            return means.sum() / batch.mask.any(1).sum().clamp(min=1)
+        summed = torch.where(batch.mask, losses, 0.0).sum()
+        return summed if reduction == "sum" else summed / batch.mask.sum().clamp(min=1)
+
+    expected = total(policy) + 0.1 * total(penalty)
+    assert torch.equal(loss, expected)
+    for actual, wanted in zip(torch.autograd.grad(loss, new), torch.autograd.grad(expected, new), strict=True):
+        close(actual, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LossOptions(kl_coef=0.1, kl_correction="ratio", kl_estimator="abs", reduction="sequence_sum"),
+        LossOptions(surrogate="vespo", off_policy_threshold=0.1),
+        LossOptions(surrogate={"name": "cispo", "min_ratio": 0.5}),
+    ],
+    ids=lambda options: options.surrogate.name,
+)
+def test_grpo_loss_with_peers_options_compiles_whole(options, fresh_compiler):
+    g = torch.Generator().manual_seed(0)
+    old, ref, advantages = (torch.randn(3, 4, generator=g) for _ in range(3))
+    mask = torch.rand(3, 4, generator=g) < 0.8
+
+    def loss(log_probs):
+        return grpo_loss(log_probs, advantages, mask, options, old_log_probs=old, ref_log_probs=ref)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        log_probs = (old + 0.3 * ref).requires_grad_()
+        value, metrics = function(log_probs)
+        results.append((value.detach(), metrics, torch.autograd.grad(value, log_probs)))
+    torch.testing.assert_close(results[1], results[0])
 
 
 # Bad input: options are checked where they are made, see test_options.py

@@ -106,6 +106,7 @@ def test_every_wrong_parameter_of_a_surrogate_is_named(cls):
     ("surrogate", "message"),
     [
         (partial(CISPO, max_ratio=-1), "max_ratio must be above 0, got -1"),
+        (partial(CISPO, min_ratio=6), "min_ratio must be at most max_ratio 5.0, got 6"),
         (partial(SAPO, temperature_negative=-3), "temperature_negative must be above 0, got -3"),
         (partial(SAPO, temperature_positive=0.0), "temperature_positive must be above 0, got 0.0"),
         (partial(Clip, low=1.0), r"low must be in \[0, 1\), got 1.0"),
@@ -276,7 +277,7 @@ def test_a_surrogate_may_be_an_object_a_name_or_a_mapping():
         ({"name": "cipso"}, "surrogate must be one of 'clip', 'cispo', .* got {'name': 'cipso'}"),
         ({"low": 0.1}, "surrogate must be one of 'clip', .*, a mapping with such a 'name', or a Surrogate, got"),
         ({"name": "clip", "hihg": 0.1}, r"surrogate.hihg is unknown; did you mean surrogate.high\?"),
-        ({"name": "cispo", "high": 0.1}, r"surrogate.high is unknown; The options are max_ratio$"),
+        ({"name": "cispo", "high": 0.1}, r"surrogate.high is unknown; The options are max_ratio, min_ratio$"),
     ],
 )
 def test_an_unknown_surrogate_or_parameter_is_named(value, message):
@@ -285,6 +286,20 @@ def test_an_unknown_surrogate_or_parameter_is_named(value, message):
     written = message.replace("surrogate ", "x.surrogate ").replace("surrogate.", "x.surrogate.")
     with pytest.raises(ValueError, match=f"^{written}"):
         SRPOConfig.read({"surrogate": value}, named="x.{}")
+
+
+def test_bounds_that_exclude_each_other_are_named_as_written():
+    with pytest.raises(ValueError, match=r"^x.surrogate.min_ratio must be at most x.surrogate.max_ratio 2, got 3$"):
+        SRPOConfig.read({"surrogate": {"name": "cispo", "max_ratio": 2, "min_ratio": 3}}, named="x.{}")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, False), ({"surrogate": "gspo_token"}, True), ({"surrogate": "vespo"}, True), ({"kl_coef": 0.1}, False),
+     ({"off_policy_threshold": 0.0}, True)],
+)  # fmt: skip
+def test_a_loss_is_of_the_sequence_level_where_tokens_of_a_response_depend_on_each_other(options, expected):
+    assert LossOptions(**options).is_sequence_level is expected
 
 
 # The groups and the whole

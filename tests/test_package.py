@@ -217,13 +217,18 @@ def test_no_host_sync_on_the_step_path():
     for baseline in ("token", "median"):
         log_probs = torch.zeros(2, 3, device="meta", requires_grad=True)
         options = SRPOConfig(
-            kl_coef=0.1, surrogate=Clip(dual=3.0), scale="batch_rms", sign="advantage", baseline=baseline
+            kl_coef=0.1,
+            kl_correction="ratio",
+            surrogate=Clip(dual=3.0),
+            scale="batch_rms",
+            sign="advantage",
+            baseline=baseline,
         )
         loss, metrics = srpo_core.srpo_loss(log_probs, advantages, roles, mask, options, broken=roles[:, 0], **others)
         loss.backward()
         assert all(metric.device.type == "meta" for metric in metrics.values())
     for surrogate in SURROGATES:
-        options = srpo_core.LossOptions(surrogate=surrogate)
+        options = srpo_core.LossOptions(surrogate=surrogate, off_policy_threshold=0.1)
         srpo_core.grpo_loss(tokens, tokens, mask, options, old_log_probs=tokens)
     with pytest.raises(NotImplementedError):  # the probe works: this one does read values
         srpo_core.srpo_advantages(tokens, advantages, roles, mask)
@@ -311,4 +316,4 @@ def test_shape_checks_can_be_switched_off_and_options_are_still_checked():
     out = subprocess.check_output([sys.executable, "-c", code], text=True, env={"JAXTYPING_DISABLE": "1"})
     of_options, of_leaf = out.splitlines()
     assert of_options.startswith("surrogate must be one of 'clip', 'cispo'")
-    assert of_leaf.startswith("estimator must be one of 'k1', 'k2', 'k3', got 'typo'")
+    assert of_leaf.startswith("estimator must be one of 'k1', 'k2', 'k3', 'abs', got 'typo'")

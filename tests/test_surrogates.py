@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 from srpo_core import LossOptions, SRPOConfig, grpo_loss, shared_baseline_weights
 from srpo_core.checked import option
-from srpo_core.surrogates import CISPO, GSPO, SAPO, Clip, GSPOToken, Surrogate
+from srpo_core.surrogates import CISPO, GSPO, SAPO, VESPO, Clip, GSPOToken, Surrogate
 
 SURROGATES = [*helpers.SURROGATES.values()]
 TOKEN_WEIGHTED = [surrogate for surrogate in SURROGATES if not surrogate.is_one_ratio]
@@ -73,6 +73,12 @@ def test_metrics_of_each_surrogate_equal_plain_loops(batch, surrogate):
         (Clip(low=0.05, dual=3.0), {"clip/low": 0.2, "clip/high": 0.2, "clip/dual": 0.2}),
         (CISPO(), {"clip/high": 0.2}),
         (CISPO(max_ratio=1.01), {"clip/high": 0.6}),
+        (CISPO(min_ratio=0.7), {"clip/high": 0.2, "clip/low": 0.2}),
+        # The ratio of the response is e^2: e^(2k + rate (1 - e^2)), of which two have a negative advantage.
+        (
+            VESPO(rate_positive=0.5, rate_negative=0.25),
+            {"gate/mean": (3 * math.exp(4 + 0.5 * (1 - math.exp(2))) + 2 * math.exp(6 + 0.25 * (1 - math.exp(2)))) / 5},
+        ),
         (GSPOToken(), {"clip/low": 0.0, "clip/high": 0.6}),
     ],
 )
@@ -116,17 +122,62 @@ def test_gradients_away_from_kinks(surrogate):
     log_probs = (old + 0.03 * torch.randn(3, 4, generator=g, dtype=torch.float64)).requires_grad_()
     advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)[:, None].expand(3, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]).bool()
-    if surrogate.name in ("cispo", "gspo_token"):  # their values hold a stopped gradient: take the written derivative
+    if surrogate.name in ("cispo", "vespo", "gspo_token"):
+        # Their values hold a stopped gradient: take the written derivative.
         loss = surrogate(log_probs, advantages, mask, old_log_probs=old)
         (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
         log_ratio = torch.where(mask, log_probs.detach() - old, 0.0)
         if surrogate.name == "cispo":
-            ratio = log_ratio.exp().clamp(max=surrogate.max_ratio)
+            ratio = log_ratio.exp().clamp(surrogate.min_ratio, surrogate.max_ratio)
+        elif surrogate.name == "vespo":
+            w = log_ratio.sum(1).exp()[:, None]
+            up = w**surrogate.shape_positive * (surrogate.rate_positive * (1 - w)).exp()
+            down = w**surrogate.shape_negative * (surrogate.rate_negative * (1 - w)).exp()
+            ratio = torch.where(advantages > 0, up, down)
         else:
             ratio = (log_ratio.sum(1) / mask.sum(1)).exp()[:, None]
         close(gradient, torch.where(mask, -ratio * advantages, 0.0))
     else:
         assert gradcheck(lambda x: surrogate(x, advantages, mask, old_log_probs=old), (log_probs,))
+
+
+def test_cispo_raises_a_small_weight_to_its_lower_bound_by_hand():
+    log_probs = torch.tensor([[-3.0, -1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.0, -1.0, -4.0]], dtype=torch.float64)
+    losses = CISPO(min_ratio=0.5, max_ratio=2.0)(log_probs, torch.ones_like(old), old < 0, old_log_probs=old)
+    losses.sum().backward()
+    assert losses.tolist() == [[1.5, 1.0, 2.0]]
+    assert log_probs.grad.tolist() == [[-0.5, -1.0, -2.0]]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_vespo_weighs_a_response_by_the_product_of_its_ratios_by_hand(sign):
+    """Ratios 2 and 3/4, so w is 3/2; on policy the weight is exactly 1."""
+    old = torch.tensor([[-2.0, -1.0, math.nan], [-1.0, -2.0, -3.0]], dtype=torch.float64)
+    gone = torch.tensor([[2.0, 0.75, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
+    log_probs, mask = (old + gone).requires_grad_(), ~old.isnan()
+    losses = VESPO()(log_probs, torch.full_like(old, sign), mask, old_log_probs=old)
+    (slopes,) = torch.autograd.grad(losses.sum(), log_probs)
+    phi = 1.5**2 * math.exp(3 * -0.5) if sign > 0 else 1.5**3 * math.exp(2 * -0.5)
+    close(slopes, [[-sign * phi, -sign * phi, 0.0], [-sign] * 3])
+    close(losses, torch.where(mask, slopes * log_probs.detach(), 0.0))
+
+
+def test_vespo_of_a_response_that_has_moved_far_is_almost_0_in_either_direction():
+    for nats in (-30.0, 30.0):
+        weight = VESPO().metrics(torch.full((1, 3), nats), torch.ones(1, 3), torch.ones(1, 3).bool())["gate/mean"]
+        close(weight, math.exp(-20), rtol=1e-6)
+
+
+@given(batch=batches())
+def test_bounds_that_are_off_leave_cispo_as_it_was_bit_for_bit(batch):
+    """The formula without a lower bound, in float32."""
+    batch = replace(batch, log_probs=batch.log_probs.float(), old_log_probs=batch.old_log_probs.float())
+    advantages = batch.token_advantages.float()
+    log_ratio = torch.where(batch.mask, batch.log_probs - batch.old_log_probs, 0.0)
+    log_probs, credit = (torch.where(batch.mask, each, 0.0) for each in (batch.log_probs, advantages))
+    expected = -log_ratio.clamp(-20, 20).exp().clamp(max=5.0) * credit * log_probs
+    assert torch.equal(losses_of(CISPO(), batch, advantages), expected)
 
 
 def test_clipped_tokens_have_no_gradient_and_the_dual_clip_frees_runaway_ones():
@@ -175,7 +226,7 @@ def test_surrogates_of_barred_tokens_equal_the_reference(batch, surrogate):
 @pytest.mark.parametrize(
     ("surrogate", "loss"),
     # CISPO: -(1 * -1 + 0 + 1 * -2) / 3; SAPO: its gate at ratio 1 is 4 * 1/2.
-    [(Clip(), -1.0), (CISPO(), 1.0), (SAPO(), -2.0), (GSPO(), -1.0), (GSPOToken(), -1.0)],
+    [(Clip(), -1.0), (CISPO(), 1.0), (SAPO(), -2.0), (VESPO(), 1.0), (GSPO(), -1.0), (GSPOToken(), -1.0)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_token_that_both_policies_bar_by_hand(surrogate, loss, dtype):
