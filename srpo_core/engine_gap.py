@@ -1,15 +1,18 @@
-"""How far an inference engine's log-probs are from the trainer's own, beside the contrasts that are measured."""
+"""How far an inference engine's log-probs are from the trainer's own, and weights that correct for it."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from srpo_core.checked import Range, choose
 from srpo_core.diagnostics import masked_quantiles
 from srpo_core.masking import at_least_float32, log_ratio_of, masked_mean
+from srpo_core.options import OutOfBounds, RatioLevel
 from srpo_core.roles import role_masks
+from srpo_core.surrogates import ratio_of
 from srpo_core.typechecking import typechecked
 
-__all__ = ["ENGINE_METRICS", "engine_gap"]
+__all__ = ["ENGINE_METRICS", "engine_gap", "engine_weights"]
 
 #: What :func:`engine_gap` measures.
 ENGINE_METRICS = ("engine/gap/mean", "engine/gap/p95", "engine/score/mean")
@@ -65,3 +68,70 @@ def engine_gap(
         "engine/gap/p95": masked_quantiles(gap, {"gap": known})["gap/p95"],
         "engine/score/mean": masked_mean(scores.detach().abs(), scored, empty=_ABSENT),
     }
+
+
+@typechecked
+def engine_weights(
+    old_log_probs: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    engine_log_probs: Float[Tensor, "batch time"],
+    level: RatioLevel = "token",
+    out_of_bounds: OutOfBounds = "truncate",
+    low: float = 0.0,
+    high: float = 2.0,
+) -> Float[Tensor, "batch time"]:
+    r"""Importance weights that correct for sampling with an inference engine instead of the trainer's own policy.
+
+    .. math:: c_t = \frac{\pi_\text{old}(y_t)}{\pi_\text{engine}(y_t)} \text{ (token)}, \qquad
+        c_t = \prod_j \frac{\pi_\text{old}(y_j)}{\pi_\text{engine}(y_j)} \text{ (sequence)}
+
+    Both policies stay fixed over the epochs of a rollout batch, so this is computed once. Multiply the token advantages
+    by the result: a weighted advantage is a weighted loss, in every loss and every trainer that takes token advantages.
+    ``gspo``, which refuses advantages that differ inside a response, takes the weights of a sequence only.
+
+    Args:
+        old_log_probs: Each sampled token by the trainer's own forward pass before the first update, nats.
+        mask: True at response tokens; elsewhere the inputs may hold anything, even NaN.
+        engine_log_probs: The same tokens as the engine that sampled them reported them, nats, at the same temperature.
+            NaN where the engine reported none: such a token counts as one on which both agree.
+        level: One weight per token, which is biased but varies little, or the product over the response, which is
+            unbiased but varies more the longer the response is. A product saturates at :math:`e^{\pm 20}`.
+        out_of_bounds: What becomes of a weight below `low` or above `high`: it is set to the bound, or to 0, so that
+            the token, or the response, is not trained.
+        low: The smallest weight, at least 0.
+        high: The largest weight, above 0 and at least `low`.
+
+    Returns:
+        Detached weights, at least 0; 0 at padding.
+
+    Raises:
+        ValueError: If `level` or `out_of_bounds` is unknown, or a bound is out of range.
+
+    Example:
+        >>> from srpo_core.engine_gap import engine_weights
+        >>> old, mask = torch.tensor([[-1.0, -1.0, -3.0]]), torch.tensor([[True, True, True]])
+        >>> engine = torch.tensor([[-1.0, -2.0, -2.0]])
+        >>> engine_weights(old, mask, engine_log_probs=engine)
+        tensor([[1.0000, 2.0000, 0.3679]])
+        >>> engine_weights(old, mask, engine_log_probs=engine, level="sequence")
+        tensor([[1., 1., 1.]])
+
+    References:
+        Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; `out_of_bounds`
+        ``mask``: IcePop, arXiv:2510.18855.
+    """
+    Range(at_least=0.0).check("low", low)
+    Range(above=0.0).check("high", high)
+    if low > high:
+        raise ValueError(f"low must be at most high {high}, got {low}")
+    of_sequence = choose("level", level, {"token": False, "sequence": True})
+    is_masked = choose("out_of_bounds", out_of_bounds, {"truncate": False, "mask": True})
+    known = mask & ~engine_log_probs.isnan()
+    log_ratio = log_ratio_of(old_log_probs.detach(), engine_log_probs.detach(), known)
+    if of_sequence:
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    weights = ratio_of(log_ratio)
+    # A NaN is neither below nor above a bound: it stays, and shows in the loss.
+    held = torch.where((weights < low) | (weights > high), 0.0, weights) if is_masked else weights.clamp(low, high)
+    return torch.where(mask, held, 0.0)

@@ -37,7 +37,9 @@ WeightMap = Literal["exp_tanh", "exp_clip", "one_plus_tanh", "sigmoid", "softplu
 Renormalization = Literal["trajectory", "per_role", "none"]
 Scale = Literal["fixed", "batch_rms", "ema_rms"]
 Sign = Literal["symmetric", "advantage"]
-Normalization = Literal["std", "none", "leave_one_out"]
+Normalization = Literal["std", "none", "leave_one_out", "batch_std", "length_weighted"]
+RatioLevel = Literal["token", "sequence"]
+OutOfBounds = Literal["truncate", "mask"]
 KLEstimator = Literal["k3", "k1", "k2", "abs"]
 KLCorrection = Literal["none", "ratio"]
 Reduction = Literal["token_mean", "sequence_mean", "constant", "sum", "sequence_sum"]
@@ -233,12 +235,14 @@ class CreditOptions(CheckedOptions):
 class GroupOptions(CheckedOptions):
     """How rewards become advantages. A trainer that an adapter extends has its own options for this."""
 
-    normalization: Normalization = option("std", "What the centered reward of a response is divided by.")
+    normalization: Normalization = option(
+        "std", "What is subtracted from the reward of a response, and what the difference is divided by."
+    )
     epsilon: float = option(
         1e-4,
         "Added to the standard deviation, in the unit of the reward.",
         at_least=0.0,
-        read_by=("normalization", ("std",)),
+        read_by=("normalization", ("std", "batch_std")),
     )
 
 

@@ -3,13 +3,17 @@
 import math
 
 import pytest
+import reference
 import torch
+from barred import barred_batches
+from batches import batches
+from helpers import as_lists, close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srpo_core import Role
+from srpo_core import LossOptions, Role, grpo_loss
 from srpo_core.batch import logged
-from srpo_core.engine_gap import engine_gap
+from srpo_core.engine_gap import engine_gap, engine_weights
 
 P, R, O = int(Role.PERCEPTION), int(Role.REASONING), int(Role.OTHER)  # noqa: E741
 
@@ -71,3 +75,104 @@ def test_engine_gap_needs_no_host_sync():
     values, roles = torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=int, device="meta")
     metrics = engine_gap(values, roles, roles == 0, scores=values, engine_log_probs=values)
     assert all(metric.device.type == "meta" and metric.ndim == 0 for metric in metrics.values())
+
+
+# The weights that correct for it
+
+HOW = st.fixed_dictionaries(
+    {
+        "level": st.sampled_from(["token", "sequence"]),
+        "out_of_bounds": st.sampled_from(["truncate", "mask"]),
+        "low": st.sampled_from([0.0, 0.5]),
+        "high": st.sampled_from([1.1, 2.0, math.inf]),
+    }
+)
+
+
+@given(batches() | barred_batches(), HOW, st.sampled_from([0.0, 0.3]), st.integers(0, 99))
+def test_engine_weights_equal_the_reference(batch, how, unknown, seed):
+    g = torch.Generator().manual_seed(seed)
+    engine = torch.where(torch.rand(batch.mask.shape, generator=g) < unknown, torch.nan, batch.log_probs)
+    actual = engine_weights(batch.old_log_probs, batch.mask, engine_log_probs=engine, **how)
+    close(actual, reference.engine_weights(*as_lists(batch.old_log_probs, engine, batch.mask), **how))
+    assert (actual[~batch.mask] == 0).all()
+    assert not actual.requires_grad
+
+
+def test_engine_weights_by_hand():
+    """Ratios 4, 1/4 and 1, and a token of which the engine said nothing."""
+    old = torch.tensor([[0.25, 0.05, 0.5, 0.5]], dtype=torch.float64).log()
+    engine = torch.tensor([[0.0625, 0.2, 0.5, math.nan]], dtype=torch.float64).log()
+
+    def weights(**how):
+        return engine_weights(old, old < 0, engine_log_probs=engine, **how)
+
+    close(weights(), [[2.0, 0.25, 1.0, 1.0]])
+    close(weights(low=0.5), [[2.0, 0.5, 1.0, 1.0]])
+    close(weights(out_of_bounds="mask"), [[0.0, 0.25, 1.0, 1.0]])
+    close(weights(out_of_bounds="mask", low=0.5, high=5.0), [[4.0, 0.0, 1.0, 1.0]])
+    close(weights(level="sequence"), [[1.0, 1.0, 1.0, 1.0]])
+
+
+def test_engine_weights_on_advantages_are_importance_sampling():
+    """Summed over a vocabulary with the engine's probabilities: the gradient is what the trainer's own samples give."""
+    g = torch.Generator().manual_seed(0)
+    logits, engine_logits = (torch.randn(1, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    advantages, mask = torch.randn(1, 6, generator=g, dtype=torch.float64), torch.ones(1, 6).bool()
+    old, engine = logits.log_softmax(1), engine_logits.log_softmax(1)
+
+    def gradient(probabilities, weights):
+        policy = logits.clone().requires_grad_()
+        credit = advantages * weights * probabilities
+        options = LossOptions(reduction="sum")
+        loss = grpo_loss(policy.log_softmax(1), credit, mask, options, old_log_probs=old).loss
+        return torch.autograd.grad(loss, policy)[0]
+
+    weights = engine_weights(old, mask, engine_log_probs=engine, high=math.inf)
+    close(gradient(engine.exp(), weights), gradient(old.exp(), 1.0))
+    assert not torch.allclose(gradient(engine.exp(), 1.0), gradient(old.exp(), 1.0))
+
+
+def test_engine_weights_of_one_log_prob_are_one_and_nothing_changes():
+    old = -torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+    for level in ("token", "sequence"):
+        for out_of_bounds in ("truncate", "mask"):
+            how = {"level": level, "out_of_bounds": out_of_bounds}
+            assert torch.equal(engine_weights(old, old < 0, engine_log_probs=old, **how), torch.ones(2, 3))
+
+
+def test_engine_weights_do_not_hide_a_nan_of_the_trainer():
+    old, engine = torch.tensor([[math.nan, -1.0]]), -torch.ones(1, 2)
+    for out_of_bounds in ("truncate", "mask"):
+        weights = engine_weights(old, engine < 0, engine_log_probs=engine, out_of_bounds=out_of_bounds)
+        assert weights.isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"low": -0.1}, "low must be at least 0, got -0.1"),
+        ({"high": 0.0}, "high must be above 0, got 0.0"),
+        ({"high": math.nan}, "high must be above 0, got nan"),
+        ({"low": 3.0}, "low must be at most high 2.0, got 3.0"),
+        ({"level": "geometric"}, "level must be one of 'token', 'sequence', got 'geometric'"),
+        ({"out_of_bounds": "clip"}, "out_of_bounds must be one of 'truncate', 'mask', got 'clip'"),
+    ],
+)
+def test_wrong_arguments_of_the_weights_are_named(how, message):
+    zeros = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=f"^(engine_weights: )?{message}"):
+        engine_weights(zeros, zeros.bool(), engine_log_probs=zeros, **how)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_engine_weights_need_no_host_sync_and_compile_whole(level, fresh_compiler):
+    values, mask = torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=bool, device="meta")
+    assert engine_weights(values, mask, engine_log_probs=values, level=level).device.type == "meta"
+    old, engine = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+
+    def weights(old, engine):
+        return engine_weights(old, old < 0.5, engine_log_probs=engine, level=level, out_of_bounds="mask", low=0.5)
+
+    compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(old, engine), weights(old, engine))

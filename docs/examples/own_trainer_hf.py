@@ -79,7 +79,9 @@ def train(
         found = [srpo_core.extract_answer(text.removesuffix(tokenizer.eos_token), options.tags) for text in texts]
         right = [answer == str(problem["answer"]) for answer, problem in zip(found, asked, strict=True)]
         correct = torch.tensor(right, device=model.device)
-        advantages = srpo_core.group_advantages(correct.float(), group_ids, normalization=options.normalization)
+        advantages = srpo_core.group_advantages(
+            correct.float(), group_ids, normalization=options.normalization, lengths=mask.sum(1)
+        )
 
         # The log-probs of the responses in every view, and the credit of each token.
         batch = srpo_core.RolloutBatch.of(
