@@ -20,6 +20,7 @@ __all__ = [
     "Head",
     "Tokens",
     "WithGradients",
+    "cached_rows",
     "divergences",
     "every_token",
     "head_of",
@@ -274,7 +275,7 @@ def divergences(
             states = tokens.take(states.flatten(0, 1), part)
             write_logits(logits, states, weight, bias, temperature=head.temperature, softcap=head.softcap, slopes=None)
         logits, other_logits = written
-        for rows in _cached_rows(logits):
+        for rows in cached_rows(logits):
             log_p, log_q = logits[rows].log_softmax(-1), other_logits[rows].log_softmax(-1)
             values[part.start + rows.start : part.start + rows.stop] = divergence(log_p, log_q)
     return tokens.to_batch(values, mask, 0.0)
@@ -295,7 +296,7 @@ def _softmax(
     if head.vocab_reduce is not None:
         owned, ids = (ids >= 0) & (ids < logits.shape[1]), ids.clamp(0, logits.shape[1] - 1)
     parts = []
-    for some in _cached_rows(logits) if head.vocab_reduce is None else [slice(0, len(logits))]:
+    for some in cached_rows(logits) if head.vocab_reduce is None else [slice(0, len(logits))]:
         here, chosen, mine = logits[some], ids[some], None if owned is None else owned[some]
         target = here.gather(1, chosen)
         _put(here, chosen, -torch.inf, mine)
@@ -329,7 +330,7 @@ def _softmax(
     return log_prob, scale, torch.where(gap.isinf(), torch.where(gap > 0, entropy_of_others, 0.0), surprise)
 
 
-def _cached_rows(logits: Tensor) -> list[slice]:
+def cached_rows(logits: Tensor) -> list[slice]:
     """Rows that are worth finishing before the next ones are touched."""
     rows = len(logits)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import srpo_core
+from srpo_core.entropy import fused_linear_entropy
 from srpo_core.fused import fused_linear_divergence, fused_linear_log_probs_and_entropy
 from srpo_core.options import SRPOConfig
 from srpo_core.surrogates import Clip, Surrogate
@@ -42,7 +43,8 @@ PROMISED = """
 ROOMS = """
     typechecking masking checked grammar tags formats prompting token_text special_tokens roles surrogates options
     processor_values corruption pixel_layouts pixel_values counterfactuals log_probs contrasts reliance weights
-    advantages losses products output_layer vocabulary fused diagnostics engine_gap srpo batch watch rollouts report cli
+    advantages losses products output_layer vocabulary entropy fused diagnostics engine_gap srpo batch watch rollouts
+    report cli
 """.split()
 
 
@@ -259,6 +261,7 @@ def test_no_host_sync_in_the_fused_functions(frozen):
     srpo_core.fused_linear_log_probs(hidden, output, ids, mask).sum().backward()
     fused_linear_log_probs_and_entropy(hidden, output, ids, mask)
     fused_linear_divergence(hidden, output, mask, other_hidden=hidden)
+    fused_linear_entropy(hidden, output, mask).sum().backward()
 
 
 # What is built
