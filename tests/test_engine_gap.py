@@ -133,6 +133,18 @@ def test_engine_weights_on_advantages_are_importance_sampling():
     assert not torch.allclose(gradient(engine.exp(), 1.0), gradient(old.exp(), 1.0))
 
 
+def test_engine_weights_of_a_sequence_fit_a_loss_of_one_ratio_and_those_of_tokens_are_refused():
+    old = torch.tensor([[-1.0, -2.0], [-1.5, -1.0]], dtype=torch.float64)
+    engine, options = old - torch.tensor([[0.1, 0.2], [-0.3, 0.0]]), LossOptions(surrogate="gspo", reduction="sum")
+    advantages = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+    weights = engine_weights(old, old < 0, engine_log_probs=engine, level="sequence")
+    loss = grpo_loss(old, advantages * weights, old < 0, options, old_log_probs=old).loss
+    close(loss, -2 * math.exp(0.3) + 4 * math.exp(-0.3), rtol=1e-6)
+    of_tokens = engine_weights(old, old < 0, engine_log_probs=engine)
+    with pytest.raises(ValueError, match="^advantages differ inside a response"):
+        grpo_loss(old, advantages * of_tokens, old < 0, options, old_log_probs=old)
+
+
 def test_engine_weights_of_one_log_prob_are_one_and_nothing_changes():
     old = -torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
     for level in ("token", "sequence"):
