@@ -13,7 +13,16 @@ from srpo_core.checked import kinds_of, names_of
 from srpo_core.options import adapter_options
 from srpo_core.rollouts import RecordingOptions
 
-__all__ = ["ENVIRONMENT_VARIABLE", "OpenRLHFOptions", "dump_config", "load_config", "option_parser", "parse_options"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "OpenRLHFOptions",
+    "add_options",
+    "dump_config",
+    "load_config",
+    "offered",
+    "option_parser",
+    "parse_options",
+]
 
 #: Carries the options to the Ray workers, as JSON.
 ENVIRONMENT_VARIABLE = "SRPO_OPENRLHF"
@@ -28,7 +37,8 @@ class OpenRLHFOptions(SRPOConfig, RecordingOptions):
     """
 
 
-def _offered() -> dict[str, Any]:
+def offered() -> dict[str, Any]:
+    """The dataclass fields of the options on the command line, by name."""
     return {each.name: each for each in fields(RecordingOptions)} | adapter_options()
 
 
@@ -41,12 +51,21 @@ def option_parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    group = parser.add_argument_group("SRPO")
-    hints = get_type_hints(OpenRLHFOptions)
-    for name, field in _offered().items():
-        text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
-        group.add_argument(_PREFIX + name, default=field.default, help=text, **_argument(hints[name]))
+    add_options(parser.add_argument_group("SRPO"), _PREFIX)
     return parser
+
+
+def add_options(group: Any, prefix: str) -> None:
+    """Add an argument for each option to a group of an ``argparse`` parser.
+
+    Args:
+        group: What has ``add_argument``.
+        prefix: Before the name of each option, such as ``--srpo.``.
+    """
+    hints = get_type_hints(OpenRLHFOptions)
+    for name, field in offered().items():
+        text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
+        group.add_argument(prefix + name, default=field.default, help=text, **_argument(hints[name]))
 
 
 def parse_options(argv: Sequence[str]) -> tuple[OpenRLHFOptions, list[str]]:
@@ -73,7 +92,7 @@ def parse_options(argv: Sequence[str]) -> tuple[OpenRLHFOptions, list[str]]:
 
 def dump_config(config: OpenRLHFOptions) -> str:
     """The options as a string for an environment variable."""
-    return json.dumps({name: getattr(config, name) for name in _offered()})
+    return json.dumps({name: getattr(config, name) for name in offered()})
 
 
 def load_config() -> OpenRLHFOptions:
