@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the first argument must be rlhf, got {argv[0] if argv else 'nothing'}: SRPO works in `swift rlhf` alone, "
             "not in megatron, and not in rollout servers, which need no SRPO"
         )
-    check_upstream()
+    check_upstream("swift.cli.main")  # the others import the trainer, and are checked where it is registered
     from swift.cli.main import cli_main, parse_yaml_args
 
     flags = argv[1:]

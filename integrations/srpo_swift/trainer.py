@@ -118,12 +118,14 @@ class SRPOTrainer(GRPOTrainer):
         old = _in_sequences([each.old_per_token_logps for each in batches], batches, mask)
         if _has_dropout(self.model):  # swift's own were made with it
             old = self._srpo_score(chunks, encoded, token_ids.shape[1])
-        engine = [
-            torch.full_like(each.old_per_token_logps, torch.nan)
-            if each.rollout_per_token_logps is None
-            else each.rollout_per_token_logps
-            for each in batches
-        ]
+        engine = None  # of every process the same, or gathering would wait forever
+        if self.args.use_vllm:
+            absent = [torch.full_like(each.old_per_token_logps, torch.nan) for each in batches]
+            reported = [
+                none if each.rollout_per_token_logps is None else each.rollout_per_token_logps
+                for each, none in zip(batches, absent, strict=True)
+            ]
+            engine = gather(_in_sequences(reported, batches, mask))
         advantages = gather(torch.stack([sample.advantages.to(device) for sample in rows]).float())
         rewards = (self._rewards_per_func * self.reward_weights).nansum(1)
         by_function = dict(zip(self.reward_func_names, self._rewards_per_func.T, strict=False))
@@ -138,7 +140,7 @@ class SRPOTrainer(GRPOTrainer):
             step=step,
             image_counts=image_counts,
             correct=correct,
-            engine_log_probs=gather(_in_sequences(engine, batches, mask)),
+            engine_log_probs=engine,
         )
         self._srpo_watch.look_at_engine(credited.metrics)
         self._srpo_weight(batches, credited.weights[first_row : first_row + len(rows)], mask)

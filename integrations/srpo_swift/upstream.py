@@ -34,8 +34,11 @@ RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def check_upstream() -> None:
-    """Raise unless ms-swift is a supported version with every name of :data:`RELIED_ON`.
+def check_upstream(*modules: str) -> None:
+    """Raise unless ms-swift is a supported version with the names of :data:`RELIED_ON`.
+
+    Args:
+        modules: Those to look at, which takes an import; none: all.
 
     Raises:
         ImportError: Says which version was found and which would do.
@@ -46,7 +49,8 @@ def check_upstream() -> None:
         raise ImportError(f"ms-swift is not installed: pip install 'ms-swift{SUPPORTED}'") from None
     if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
         raise unsupported("this version was not tried")
-    for module, names in RELIED_ON.items():
+    for module in modules or RELIED_ON:
+        names = RELIED_ON[module]
         owner = importlib.import_module(module)
         for name, expected in names.items():
             there: Any = reduce(lambda holder, part: getattr(holder, part, None), name.split("."), owner)

@@ -45,6 +45,32 @@ def generate(self, samples):
 if os.environ.get("WRITTEN_RESPONSES") == "1":
     GRPOTrainer._generate_completions = generate
 
+loss_and_metrics, seen = GRPOTrainer._compute_loss_and_metrics, []
+
+
+def watched(self, model, model_inputs, grpo_batch):
+    seen[:] = [model_inputs, grpo_batch]
+    return loss_and_metrics(self, model, model_inputs, grpo_batch)
+
+
+GRPOTrainer._compute_loss_and_metrics = watched
+
+
+def gradients(self, place=None):
+    """Of ms-swift's loss by the log-prob of each token, with the advantage at one place doubled."""
+    model_inputs, batch = seen
+    log_probs = batch.old_per_token_logps.clone().requires_grad_()
+    self._get_per_token_logps_and_entropies = lambda *args, **kwargs: (log_probs, None)
+    before = batch.advantages
+    if place is not None:
+        batch.advantages = before.clone()
+        batch.advantages[place] *= 2
+    loss_and_metrics(self, self.model, model_inputs, batch)[0].backward()
+    batch.advantages = before
+    del self._get_per_token_logps_and_entropies
+    return log_probs.grad
+
+
 train = GRPOTrainer.train
 
 
@@ -53,6 +79,8 @@ def train_and_save(self, *args, **kwargs):
     parameters = {name: each.detach().clone() for name, each in self.model.named_parameters()}
     folder = os.environ["RESULTS"]
     if self.accelerator.is_main_process:
+        place = tuple(seen[1].completion_mask.nonzero()[3].tolist())
+        torch.save((place, gradients(self), gradients(self, place)), f"{folder}/gradients.pt")
         torch.save(parameters, f"{folder}/parameters.pt")
         with open(f"{folder}/log.json", "w") as file:
             json.dump(self.state.log_history, file)
