@@ -62,14 +62,14 @@ def functions(inputs: dict[str, Tensor]) -> dict[str, Callable[[], list[Tensor]]
             inputs["token_ids"],
             inputs["rewards"][:, None].expand(BATCH, TIME),
             *fixed,
-            LossOptions(surrogate=surrogate),
+            LossOptions(surrogate=Surrogate.named(surrogate)),
             old_log_probs=inputs["old"],
         )
         return [loss.detach(), *torch.autograd.grad(loss, [inputs["hidden"], inputs["weight"]])]
 
     def plain(surrogate: str) -> list[Tensor]:
         given = inputs["rewards"][:, None].expand(BATCH, TIME) if surrogate == "gspo" else advantages
-        options = LossOptions(surrogate=surrogate)
+        options = LossOptions(surrogate=Surrogate.named(surrogate))
         loss, _ = grpo_loss(inputs["log_probs"], given, *fixed, options, old_log_probs=inputs["old"])
         return [loss.detach(), *torch.autograd.grad(loss, [inputs["log_probs"]])]
 

@@ -188,7 +188,7 @@ def rollouts(content: bytes) -> None:
     """A line of a rollout file: raw bytes, or an object of fields that may fit one another."""
     data = Data(content)
     line = data.rest()
-    if data.byte(2):
+    if data.byte(2) == 0:  # a line that begins with a brace stays as it is
         fields = ['"tokens": ["a", "b"]', '"text": "ab"', ""][data.byte(3)]
         parts = [fields] if fields else []
         for _ in range(data.byte(6)):
