@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from runs import run, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
