@@ -123,7 +123,7 @@ def multi_reward_advantages(
 
     Raises:
         ValueError: If `epsilon` is out of range; outside ``torch.compile`` also if a reward is NaN or
-            infinite.
+            infinite, for which the rewards are read on the host.
 
     Example:
         >>> from srpo_core.advantages import multi_reward_advantages

@@ -153,7 +153,7 @@ def self_of(name):
 
 
 LOSSES = {"grpo_loss", "srpo_loss", "kl_penalty", "Surrogate.__call__"}
-LOSSES |= {"fused_linear_grpo_loss", "fused_linear_log_probs"}
+LOSSES |= {"fused_linear_grpo_loss", "fused_linear_log_probs", "fused_linear_entropy"}
 ON_THE_DEVICE = sorted(CHECKED.keys() - ON_THE_HOST)
 READ_IN_CHECKS = {
     name for name in ON_THE_DEVICE if re.search(r"read on\s+the host", inspect.getdoc(CHECKED[name]) or "")

@@ -24,19 +24,8 @@ from srpo_core.reliance import SpanCounterfactuals, span_counterfactuals
 from srpo_core.surrogates import Surrogate
 from srpo_core.tags import RoleTagIds
 
-SIZES = {
-    "rewards": 3,
-    "batch": 2,
-    "time": 3,
-    "new_time": 3,
-    "images": 2,
-    "channel": 3,
-    "height": 8,
-    "width": 8,
-    "vocab": 4,
-    "n": 2,
-}
-SIZES |= {"hidden_dim": 5, "spans": 2}
+SIZES = {"batch": 2, "time": 3, "new_time": 3, "images": 2, "channel": 3, "height": 8, "width": 8, "vocab": 4, "n": 2}
+SIZES |= {"hidden_dim": 5, "spans": 2, "rewards": 3}
 
 
 class Characters:
