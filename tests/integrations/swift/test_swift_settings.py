@@ -1,5 +1,6 @@
 """What is refused, what the command line becomes, and the names of ms-swift that the adapter relies on."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -75,10 +76,9 @@ def test_parse_options_names_an_unknown_option(capsys):
 
 
 def test_main_hands_the_rest_and_the_plugin_to_ms_swift(monkeypatch, tmp_path):
-    import swift.cli.main
-
+    stock = importlib.import_module("swift.cli.main")  # ms-swift's lazy package has no attribute of that name
     seen = []
-    monkeypatch.setattr(swift.cli.main, "cli_main", lambda: seen.append(sys.argv))
+    monkeypatch.setattr(stock, "cli_main", lambda: seen.append(sys.argv))
     monkeypatch.setenv("SRPO_SWIFT", "")
     config = tmp_path / "run.yaml"
     config.write_text("rlhf_type: grpo\nbeta: 0\nsrpo_strength: 0.25\n")
