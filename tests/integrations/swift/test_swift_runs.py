@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from swift_runs import run, write_inputs
 from typer.testing import CliRunner
 
-from runs import run, write_inputs
 from srpo_core.cli.app import app
 
 pytestmark = pytest.mark.filterwarnings("ignore")
