@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from fuzz.fuzz import CORPUS, TARGETS, Data
+from fuzz.targets import CORPUS, TARGETS, Data
 
 CASES = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 

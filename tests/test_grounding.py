@@ -442,6 +442,7 @@ def test_finished_runs_are_found_and_others_are_not(study, results, tmp_path):
 
 def run_until_killed(study):
     """In a process of its own: ends it without any farewell while the second batch is scored under its views."""
+    torch.set_num_threads(1)  # as everywhere: sums depend on it
     whole_score, calls = training.score, []
 
     def score(*args, **kwargs):

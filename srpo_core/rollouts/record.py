@@ -37,7 +37,7 @@ KINDS = ("perception", "reasoning", "answer")  # of blocks
 
 _BROKEN = {reason.name.lower(): reason for reason in BrokenReason}
 MAX_LOG_PROB = 1e-3  # rounding may turn log 1 into this much
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = 3.402823467e38  # of float32, whose shortest text in other writers may lie above it
 _MAX_DEPTH = 100  # of what is free: readers and writers of JSON give up at some depth, each at its own
 
 

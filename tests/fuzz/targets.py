@@ -1,9 +1,9 @@
 """Coverage-guided fuzzing of what reads strings and tokens of a model: nothing but documented errors, and sane results.
 
     python3.11 -m venv .venv-fuzz && .venv-fuzz/bin/pip install atheris -e '.[cli]'
-    .venv-fuzz/bin/python tests/fuzz/fuzz.py tags -max_total_time=300
-    .venv-fuzz/bin/python tests/fuzz/fuzz.py counterfactuals -max_total_time=300
-    .venv-fuzz/bin/python tests/fuzz/fuzz.py rollouts -max_total_time=300
+    .venv-fuzz/bin/python tests/fuzz/targets.py tags -max_total_time=300
+    .venv-fuzz/bin/python tests/fuzz/targets.py counterfactuals -max_total_time=300
+    .venv-fuzz/bin/python tests/fuzz/targets.py rollouts -max_total_time=300
 
 libFuzzer's options follow the target. A case that fails is written to a file `crash-*`; put it into tests/fuzz/corpus/,
 where tests/test_fuzz.py runs it from then on.
