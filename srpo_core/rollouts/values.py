@@ -77,8 +77,8 @@ def number(value: Any) -> float:
     if isinstance(value, str | bytes):
         raise Unwritable(f"a {type(value).__name__}, which is no number")
     value = float(value)
-    if not math.isfinite(value):
-        raise Unwritable("NaN" if math.isnan(value) else "infinite")
+    if not abs(value) <= _LARGEST:
+        raise Unwritable("NaN" if math.isnan(value) else "infinite, or beyond single precision")
     return value
 
 
