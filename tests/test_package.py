@@ -41,7 +41,7 @@ PROMISED = """
 
 # A module imports from rooms to the left of its own.
 ROOMS = """
-    typechecking masking checked grammar tags formats prompting token_text special_tokens roles surrogates options
+    typechecking masking checked modes grammar tags formats prompting token_text special_tokens roles surrogates options
     processor_values corruption pixel_layouts pixel_values counterfactuals log_probs contrasts reliance weights
     advantages losses products output_layer vocabulary entropy fused diagnostics engine_gap srpo batch watch rollouts
     report cli

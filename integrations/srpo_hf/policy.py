@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from srpo_core import OutputLayer, fused_linear_log_probs, token_log_probs
+from srpo_core import OutputLayer, fused_linear_log_probs, modes, token_log_probs
 from srpo_core.pixel_values import image_token_id_of
 from srpo_hf.prompts import EncodedPrompt
 
@@ -218,15 +218,11 @@ def same_layout(tasks: Sequence[Task], prompts: Sequence[EncodedPrompt]) -> list
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode and no gradient; afterwards each is back in its mode, and M-RoPE in its state."""
-    training = [module for module in model.modules() if module.training]
     offsets = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
-    model.eval()
     try:
-        with torch.no_grad():
+        with modes.evaluating(model), torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         for module, value in offsets:
             module.rope_deltas = value
 

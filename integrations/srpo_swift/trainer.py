@@ -2,16 +2,16 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer, collate_to_grpo_micro_batch, disable_gradient_checkpointing
-from torch import Tensor, nn
+from torch import Tensor
 
 from srpo_core import Credit, RolloutBatch, Segmentation, credit, plan
 from srpo_core.batch import ending_ids, logged, prompt_id, record
+from srpo_core.modes import evaluating, has_dropout
 from srpo_core.pixel_values import corrupt_rows, image_facts, vision_patch_size
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.watch import RunWatch, batch_in_words
@@ -116,7 +116,7 @@ class SRPOTrainer(GRPOTrainer):
                 ]
             scored[name] = gather(self._srpo_score(chunks, views, width))
         old = _in_sequences([each.old_per_token_logps for each in batches], batches, mask)
-        if _has_dropout(self.model):  # swift's own were made with it
+        if has_dropout(self.model):  # swift's own were made with it
             old = self._srpo_score(chunks, encoded, token_ids.shape[1])
         engine = None  # of every process the same, or gathering would wait forever
         if self.args.use_vllm:
@@ -183,7 +183,7 @@ class SRPOTrainer(GRPOTrainer):
                 )
             inputs.pop("labels", None)
             checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-            with torch.no_grad(), checkpointing, _evaluating(self.model):
+            with torch.no_grad(), checkpointing, evaluating(self.model):
                 log_probs.append(self._get_per_token_logps_and_entropies(self.model, inputs, batch)[0].float())
             batches.append(batch)
         labels = _padded([each["labels"] for each in encoded], _IGNORED, self.accelerator.device, width)
@@ -247,25 +247,3 @@ def _with_response(encoded: dict[str, Any], token_ids: list[int], first: int) ->
             types = torch.as_tensor(made[name]).flatten().tolist()
             made[name] = types[:first] + [text] * (len(token_ids) - first)
     return made | {"input_ids": token_ids, "labels": labels}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in the present mode is random."""
-    return any(
-        isinstance(rate, float) and rate > 0 and ("drop" in name or isinstance(module, nn.modules.dropout._DropoutNd))
-        for module in model.modules()
-        if module.training
-        for name, rate in vars(module).items()
-    )

@@ -2,12 +2,10 @@
 
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -15,6 +13,7 @@ from trl import GRPOTrainer
 
 from srpo_core import Credit, RolloutBatch, ScaleState, Segmentation, credit, plan
 from srpo_core.batch import Plan, ending_ids, logged, record
+from srpo_core.modes import evaluating, has_dropout
 from srpo_core.roles import role_masks
 from srpo_core.rollouts import RolloutWriter
 from srpo_core.tags import BrokenReason
@@ -242,7 +241,7 @@ class SRPOMixin(_Base):
         own, contexts = rollouts.own, rollouts.contexts
         unchanged = (batch["completion_ids"], batch["completion_mask"])
         log_probs = batch.get("old_per_token_logps")
-        if log_probs is None or _has_dropout(self.model):
+        if log_probs is None or has_dropout(self.model):
             log_probs = self._srpo_log_probs(contexts["original"], *unchanged)
         scored = {"original": log_probs}
         for name, image, changed in planned.views:
@@ -261,7 +260,7 @@ class SRPOMixin(_Base):
         token_ids, mask, vision = scoring_inputs(context, response_ids, attention_mask, positions)
         sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
         batch_size = sizes[self.model.training]
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             return self._get_per_token_logps_and_entropies(
                 self.model, token_ids, mask, response_ids.shape[1], batch_size=batch_size, **vision
             )[0]
@@ -408,25 +407,3 @@ def _text_of(prompt: str | list[dict[str, Any]]) -> str:
     contents = [message["content"] for message in prompt]
     parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
     return "\n".join(part["text"] for part in parts if part.get("text"))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in the present mode is random."""
-    return any(
-        isinstance(rate, float) and rate > 0 and ("drop" in name or isinstance(module, nn.modules.dropout._DropoutNd))
-        for module in model.modules()
-        if module.training
-        for name, rate in vars(module).items()
-    )
