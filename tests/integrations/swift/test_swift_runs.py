@@ -65,7 +65,10 @@ def test_rollouts_are_read_by_the_report(folder, weighted):
         assert torch.tensor(line["weights"]).mean().item() == pytest.approx(1.0, abs=1e-3)
     shown = CliRunner().invoke(app, ["report", str(path), "-o", str(folder / "report.html")])
     assert shown.exit_code == 0, shown.output
-    assert "hence" in (folder / "report.html").read_text()
+    tokens, right = sum(len(line["tokens"]) for line in lines), sum(line["correct"] for line in lines)
+    assert f"8, with {tokens} tokens" in shown.output
+    assert f"{100 * right / 8:.1f} % of the answers are right, by this rule: Longer" in shown.output
+    assert "Longer" in (folder / "report.html").read_text()
 
 
 def test_a_setting_that_undoes_weights_is_refused(folder):
